@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels must compute, in plain torch: the fp64 reference, and the low-precision baseline.
+
+Written to be read next to docs/semantics.md, not to be fast. Every sequence is cut to the keys that
+exist before any arithmetic, so what lies in padding (NaN included) cannot reach a result. Scores are formed for a
+bounded block of query rows at a time. torch is imported at the first call: importing this module
+is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Window = Sequence[int | None] | None
+
+# Scores held at once: 2**24 doubles are 128 MiB, and a handful of temporaries of that size exist together.
+_MAX_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Maths:
+    """Everything about a call that is not a tensor of one sequence."""
+
+    matmul_dtype: torch.dtype  # of both matrix products and of the result
+    softmax_dtype: torch.dtype
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float
+
+
+def band(causal: bool = False, window: Window = None) -> tuple[int | None, int | None]:
+    """The visible keys around the diagonal as inclusive ``(left, right)``; None is unlimited.
+
+    Raises:
+        InputError: ``window`` is not a pair of None, -1 or non-negative integers.
+    """
+    pair = (None, None) if window is None else tuple(window)
+    if len(pair) != 2 or any(x is not None and x < -1 for x in pair):
+        raise InputError(
+            f"window={window!r} is not a pair (left, right) of counts of keys; each is >= 0, or None "
+            "(or -1) for unlimited, for example window=(127, 0)"
+        )
+    left, right = (None if x == -1 else x for x in pair)
+    return left, (0 if causal else right)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q [B, Sq, H, D]``, ``k [B, Sk, Hk, D]``, ``v [B, Sk, Hk, Dv]``, on any device.
+
+    Returns:
+        ``out [B, Sq, H, Dv]`` and ``lse [B, H, Sq]`` (natural log), both in ``compute_dtype`` (default float64).
+        A query that sees no key has output 0 and LSE -inf.
+    """
+    import torch
+
+    dtype = compute_dtype or torch.float64
+    maths = _maths(dtype, dtype, q, causal, window, scale, softcap)
+    return _dense(maths, q, k, v, alibi_slopes, seqused_k)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed sequences: ``q [Tq, H, D]``, ``k [Tk, Hk, D]``, ``v [Tk, Hk, Dv]``.
+
+    Sequence b is the tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` (int32 ``[B + 1]``).
+
+    Returns:
+        ``out [Tq, H, Dv]`` and ``lse [H, Tq]``, as ``attention``; tokens outside every sequence have 0 and -inf.
+    """
+    import torch
+
+    dtype = compute_dtype or torch.float64
+    maths = _maths(dtype, dtype, q, causal, window, scale, softcap)
+    return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k)
+
+
+def baseline(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same maths with both matrix products in the input dtype and the softmax in float32.
+
+    How wrong an honest low-precision implementation may be: the yardstick of the number rule (verify.py).
+
+    Returns:
+        ``out [B, Sq, H, Dv]`` in the dtype of q and ``lse [B, H, Sq]`` in float32.
+    """
+    import torch
+
+    maths = _maths(q.dtype, torch.float32, q, causal, window, scale, softcap)
+    return _dense(maths, q, k, v, alibi_slopes, seqused_k)
+
+
+def baseline_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``baseline`` of packed sequences: ``out [Tq, H, Dv]``, ``lse [H, Tq]`` in float32."""
+    import torch
+
+    maths = _maths(q.dtype, torch.float32, q, causal, window, scale, softcap)
+    return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k)
+
+
+def _maths(
+    matmul_dtype: torch.dtype,
+    softmax_dtype: torch.dtype,
+    q: Tensor,
+    causal: bool,
+    window: Window,
+    scale: float | None,
+    softcap: float,
+) -> _Maths:
+    left, right = band(causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _Maths(matmul_dtype, softmax_dtype, left, right, scale, float(softcap))
+
+
+def _dense(
+    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seqused_k: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, _ = q.shape
+    out = q.new_zeros(batch, rows, heads, v.shape[-1], dtype=maths.matmul_dtype)
+    lse = q.new_full((batch, heads, rows), float("-inf"), dtype=maths.softmax_dtype)
+    keys = [k.shape[1]] * batch if seqused_k is None else seqused_k.tolist()
+    for b in range(batch):
+        part = _sequence(maths, q[b], k[b, : keys[b]], v[b, : keys[b]], _slopes_of(slopes, b))
+        out[b], lse[b] = part
+    return out, lse
+
+
+def _varlen(
+    maths: _Maths,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    slopes: Tensor | None,
+    seqused_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    out = q.new_zeros(tokens, heads, v.shape[-1], dtype=maths.matmul_dtype)
+    lse = q.new_full((heads, tokens), float("-inf"), dtype=maths.softmax_dtype)
+    first_q, first_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    used = None if seqused_k is None else seqused_k.tolist()
+    for b in range(len(first_q) - 1):
+        q_range = slice(first_q[b], first_q[b + 1])
+        k_range = slice(first_k[b], first_k[b + 1] if used is None else first_k[b] + used[b])
+        part = _sequence(maths, q[q_range], k[k_range], v[k_range], _slopes_of(slopes, b))
+        out[q_range], lse[:, q_range] = part
+    return out, lse
+
+
+def _slopes_of(slopes: Tensor | None, b: int) -> Tensor | None:
+    return slopes[b] if slopes is not None and slopes.ndim == 2 else slopes
+
+
+def _sequence(
+    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One sequence whose keys all exist: q [Sq, H, D] -> out [Sq, H, Dv] and lse [H, Sq]."""
+    import torch
+
+    (sq, heads, _), (sk, kv_heads, _), dv = q.shape, k.shape, v.shape[-1]
+    if sq == 0 or sk == 0:
+        out = q.new_zeros(sq, heads, dv, dtype=maths.matmul_dtype)
+        return out, q.new_full((heads, sq), float("-inf"), dtype=maths.softmax_dtype)
+    group = heads // kv_heads  # query head h reads KV head h // group
+    q = q.to(maths.matmul_dtype).transpose(0, 1).unflatten(0, (kv_heads, group)) * maths.scale
+    k = k.to(maths.matmul_dtype).permute(1, 2, 0)
+    v = v.to(maths.matmul_dtype).transpose(0, 1)
+    bias = None if slopes is None else -slopes.to(maths.softmax_dtype).view(kv_heads, group, 1, 1)
+    step = max(1, _MAX_SCORES // (heads * sk))
+    parts = []
+    for begin in range(0, sq, step):
+        block = q[:, :, begin : begin + step]
+        rows = block.shape[2]
+        score = torch.matmul(block.flatten(1, 2), k).unflatten(1, (group, rows))
+        score = score.to(maths.softmax_dtype)
+        if maths.softcap:
+            score = maths.softcap * torch.tanh(score / maths.softcap)
+        # Distance of each key to the diagonal, which ends at the bottom right corner.
+        i = torch.arange(begin, begin + rows, device=q.device)[:, None] + (sk - sq)
+        past = i - torch.arange(sk, device=q.device)
+        if bias is not None:
+            score = score + bias * past.abs().to(maths.softmax_dtype)
+        if maths.left is not None:
+            score = score.masked_fill(past > maths.left, float("-inf"))
+        if maths.right is not None:
+            score = score.masked_fill(-past > maths.right, float("-inf"))
+        top = score.amax(-1, keepdim=True)
+        weight = torch.exp(score - top.masked_fill(top == float("-inf"), 0.0))
+        total = weight.sum(-1, keepdim=True)
+        weight = (weight / total.masked_fill(total == 0, 1.0)).to(maths.matmul_dtype)
+        part = torch.matmul(weight.flatten(1, 2), v).unflatten(1, (group, rows))
+        parts.append((part, (top + torch.log(total)).squeeze(-1)))
+    out = torch.cat([part for part, _ in parts], 2).flatten(0, 1).transpose(0, 1)
+    return out, torch.cat([part for _, part in parts], 2).flatten(0, 1)
