@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels must compute, in plain torch: the fp64 reference, and the low-precision baseline.
+"""What the kernels must compute, in plain torch: an fp64 reference and a low-precision baseline.
 
 Written to be read next to docs/semantics.md, not to be fast. Every sequence is cut to the keys that
-exist before any arithmetic, so what lies in padding (NaN included) cannot reach a result. Scores are formed for a
-bounded block of query rows at a time. torch is imported at the first call: importing this module
-is free.
+exist before any arithmetic, so what lies in padding (NaN included) cannot reach a result. Scores are
+formed for a bounded block of query rows at a time. torch is imported at the first call: importing
+this module is free.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Window = Sequence[int | None] | None
 
-# Scores held at once: 2**24 doubles are 128 MiB, and a handful of temporaries of that size exist together.
+# Scores held at once: 2**24 doubles are 128 MiB, and a handful of such temporaries exist together.
 _MAX_SCORES = 1 << 24
 
 
@@ -46,8 +46,8 @@ def band(causal: bool = False, window: Window = None) -> tuple[int | None, int |
     pair = (None, None) if window is None else tuple(window)
     if len(pair) != 2 or any(x is not None and x < -1 for x in pair):
         raise InputError(
-            f"window={window!r} is not a pair (left, right) of counts of keys; each is >= 0, or None "
-            "(or -1) for unlimited, for example window=(127, 0)"
+            f"window={window!r} is not a pair (left, right) of counts of keys; each is >= 0, or "
+            "None (or -1) for unlimited, for example window=(127, 0)"
         )
     left, right = (None if x == -1 else x for x in pair)
     return left, (0 if causal else right)
@@ -69,8 +69,11 @@ def attention(
     """Attention of ``q [B, Sq, H, D]``, ``k [B, Sk, Hk, D]``, ``v [B, Sk, Hk, Dv]``, on any device.
 
     Returns:
-        ``out [B, Sq, H, Dv]`` and ``lse [B, H, Sq]`` (natural log), both in ``compute_dtype`` (default float64).
-        A query that sees no key has output 0 and LSE -inf.
+        ``out [B, Sq, H, Dv]`` and ``lse [B, H, Sq]`` (natural log), both in ``compute_dtype``
+        (default float64). A query that sees no key has output 0 and LSE -inf.
+
+    Raises:
+        InputError: ``window`` is malformed. Shapes are the caller's business.
     """
     import torch
 
@@ -99,7 +102,11 @@ def attention_varlen(
     Sequence b is the tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` (int32 ``[B + 1]``).
 
     Returns:
-        ``out [Tq, H, Dv]`` and ``lse [H, Tq]``, as ``attention``; tokens outside every sequence have 0 and -inf.
+        ``out [Tq, H, Dv]`` and ``lse [H, Tq]``, otherwise as ``attention``. Tokens outside every
+        sequence have output 0 and LSE -inf.
+
+    Raises:
+        InputError: ``window`` is malformed. Shapes are the caller's business.
     """
     import torch
 
@@ -122,7 +129,7 @@ def baseline(
 ) -> tuple[Tensor, Tensor]:
     """The same maths with both matrix products in the input dtype and the softmax in float32.
 
-    How wrong an honest low-precision implementation may be: the yardstick of the number rule (verify.py).
+    How wrong an honest low-precision implementation may be: the yardstick of verify.py.
 
     Returns:
         ``out [B, Sq, H, Dv]`` in the dtype of q and ``lse [B, H, Sq]`` in float32.
