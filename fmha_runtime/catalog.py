@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels exist and with which tile. The only file that says so; re-tuning is an edit of the table below."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from .errors import InputError, UnsupportedProblem
+from .spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+
+_TILE = re.compile(r"(\d+)x(\d+) w(\d+) s(\d+) c(\d+)( q)?")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: query rows and keys of a step, warps of a CTA, K/V stages in shared memory.
+
+    ``ctas_per_sm`` is the second number of ``__launch_bounds__``; ``q_in_regs`` keeps Q's fragments in registers.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    ctas_per_sm: int
+    q_in_regs: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.warps * 32
+
+    def __str__(self) -> str:
+        text = f"{self.block_m}x{self.block_n} w{self.warps} s{self.stages} c{self.ctas_per_sm}"
+        return text + (" q" if self.q_in_regs else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """The tile that ``str()`` writes as ``text``.
+
+        Raises:
+            InputError: the text is not a tile, or one that the kernels cannot be instantiated with.
+        """
+        found = _TILE.fullmatch(text)
+        if found is None:
+            raise InputError(
+                f"{text!r} is not a tile; the form is 'BLOCK_MxBLOCK_N wWARPS sSTAGES cCTAS_PER_SM[ q]', "
+                "for example '128x64 w4 s2 c2'"
+            )
+        m, n, warps, stages, ctas = (int(number) for number in found.groups()[:5])
+        if warps < 1 or ctas < 1 or stages < 2 or m < 1 or n < 1 or m % (16 * warps) or n % 16:
+            raise InputError(
+                f"tile {text!r} cannot be built: block_m must be a multiple of 16 * warps, block_n of 16, "
+                "with at least 2 stages and 1 CTA per SM"
+            )
+        return cls(m, n, warps, stages, ctas, found[6] is not None)
+
+
+# One line a head-dim pair: sm80 (163 KiB of shared memory), sm90 (227 KiB), and sm86, sm89, sm120 (99 KiB).
+_COLUMN = {Arch.SM80: 0, Arch.SM90: 1, Arch.SM86: 2, Arch.SM89: 2, Arch.SM120: 2}
+_TILES: dict[tuple[int, int], tuple[str, str, str]] = {
+    (32, 32): ("128x64 w4 s2 c2", "128x64 w4 s2 c2", "128x64 w4 s2 c1"),
+    (40, 40): ("128x64 w4 s2 c2", "128x64 w4 s2 c2", "128x64 w4 s2 c1"),
+    (48, 48): ("128x64 w4 s2 c2", "128x64 w4 s2 c2", "128x64 w4 s2 c1"),
+    (64, 64): ("128x64 w4 s2 c2", "128x64 w4 s2 c2", "128x64 w4 s2 c1"),
+    (72, 72): ("128x64 w4 s2 c1", "128x64 w4 s2 c2", "64x64 w4 s2 c1"),
+    (80, 80): ("128x64 w4 s2 c1", "128x64 w4 s2 c2", "64x64 w4 s2 c1"),
+    (96, 96): ("128x64 w4 s2 c1", "128x64 w4 s2 c2", "64x64 w4 s2 c1"),
+    (104, 104): ("128x64 w4 s2 c1", "128x64 w4 s2 c2", "64x64 w4 s2 c1"),
+    (128, 128): ("128x64 w4 s2 c1", "128x64 w4 s2 c2", "64x64 w4 s2 c1"),
+    (160, 160): ("64x64 w4 s2 c1", "64x64 w4 s2 c2", "64x32 w4 s2 c1"),
+    (192, 192): ("64x64 w4 s2 c1", "64x64 w4 s2 c1", "64x32 w4 s2 c1"),
+    (256, 256): ("64x64 w4 s2 c1", "64x64 w4 s2 c1", "64x32 w4 s2 c1"),
+    (192, 128): ("64x64 w4 s2 c1", "64x64 w4 s2 c2", "64x32 w4 s2 c1"),
+}
+
+_ALLOWED_SPILLS: dict[str, tuple[int, str]] = {}
+"""Kernel name -> (bytes, why that many are worth it). Everything else must not spill at all."""
+
+
+@cache
+def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
+    """The kernels of the catalogue, of one arch or of all, sorted by name."""
+    specs = (
+        KernelSpec(Op.FWD, each, dtype, *dims)
+        for each in Arch
+        if arch is None or each is arch
+        for dtype in (DType.FP16, DType.BF16)
+        for dims in HEAD_DIMS
+    )
+    return tuple(sorted(specs, key=lambda spec: spec.name))
+
+
+def exists(spec: KernelSpec) -> bool:
+    """Whether the catalogue has this kernel."""
+    return (
+        spec.op is Op.FWD
+        and spec.arch in _COLUMN
+        and spec.dtype in (DType.FP16, DType.BF16)
+        and (spec.head_dim, spec.head_dim_v) in _TILES
+        and (spec.mask, spec.score, spec.kv) == (Mask.BAND, Score.PLAIN, KvLayout.CONTIGUOUS)
+    )
+
+
+def tile(spec: KernelSpec) -> Tile:
+    """The tile that the catalogue gives this kernel.
+
+    Raises:
+        UnsupportedProblem: the catalogue does not have the kernel.
+        InputError: its tile does not fit the arch's shared memory.
+    """
+    if not exists(spec):
+        raise UnsupportedProblem(
+            f"the catalogue has no kernel {spec.name}; `fmha list` shows the {len(enumerate_specs())} that it has",
+            problem=spec,
+        )
+    chosen = Tile.parse(_TILES[spec.head_dim, spec.head_dim_v][_COLUMN[spec.arch]])
+    smem_bytes(spec, chosen)
+    return chosen
+
+
+def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
+    """Dynamic shared memory of one CTA in bytes; the kernel asserts the same number (FwdTraits::kSmemBytes).
+
+    Q and the K stages are as deep as the instruction wants (a multiple of 16), V is exact; O reuses Q's rows.
+
+    Raises:
+        InputError: more than one CTA may use on this arch.
+    """
+    depth = -(-spec.head_dim // 16) * 16
+    elements = tile.block_m * depth + tile.stages * tile.block_n * (depth + spec.head_dim_v)
+    need = spec.dtype.itemsize * elements
+    if need > spec.arch.smem_limit:
+        raise InputError(
+            f"tile {tile} of {spec.name} needs {need} bytes of shared memory and {spec.arch.value} allows "
+            f"{spec.arch.smem_limit} per CTA; use fewer rows, keys or stages"
+        )
+    return need
+
+
+def allowed_spill_bytes(spec: KernelSpec) -> int:
+    """Bytes of register spills (stores plus loads) that the build accepts of this kernel."""
+    return _ALLOWED_SPILLS.get(spec.name, (0, ""))[0]
