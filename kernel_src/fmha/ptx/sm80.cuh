@@ -7,7 +7,7 @@
 namespace fmha {
 
 // Starts a copy of 16 bytes from global to shared memory, both 16-byte aligned. When not valid, zeros arrive instead and
-// src is not read (it must still be a legal address). The bytes are there only after a cp_async_wait of this thread, and
+// src is not read (src-size 0), so that it may point behind the tensor. The bytes are there only after a cp_async_wait of this thread, and
 // for other threads only after a barrier that follows it.
 FMHA_DEVICE void cp_async_16(uint32_t dst_smem, const void* src, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scheduler: CTAs over host threads, one fiber per CUDA thread, rendezvous of warps and CTAs, and the faults that
+// come from threads which wait for each other in vain.
+//
+// A warp runs as far as it can before the next one gets a turn, and a lane as far as it can before the next lane does:
+// the most lopsided schedule that the programming model allows, so that a missing barrier shows.
+#include <stdio.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "state.h"
+
+namespace fmha {
+namespace emu {
+
+const char* op_name(Op op) {
+    static const char* const names[] = {
+        "(nothing)",          "sync_cta",           "sync_warp",           "shfl_xor",            "shfl_idx",
+        "ldmatrix_x4",        "ldmatrix_x4_trans",  "ldmatrix_x2_trans",   "mma_m16n8k16<Fp16>",  "mma_m16n8k16<Bf16>",
+        "ld_shared_v4",       "st_shared_v4",       "st_shared_u32",       "ld_global_v4",        "ld_global_s32",
+        "ld_global_f32",      "st_global_v4",       "st_global_f32",       "cp_async_16",         "cp_async_wait",
+        "exit",
+    };
+    return names[static_cast<int>(op)];
+}
+
+void fault(Thread* thread, Op op, const char* format, ...) {
+    Cta* cta = thread->cta;
+    int length = snprintf(cta->error, sizeof(cta->error), "kernel %s, CTA %u, thread %u (warp %u, lane %u), %s: ",
+                          cta->kernel->name, cta->index, thread->index, thread->index / 32, thread->lane, op_name(op));
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(cta->error + length, sizeof(cta->error) - length, format, arguments);
+    va_end(arguments);
+    cta->faulted = true;
+    Context abandoned;
+    switch_context(abandoned, cta->scheduler);
+    __builtin_unreachable();
+}
+
+// "sync_cta: threads 0-31, 64; exit: threads 32-63" over the given range of threads.
+static std::string who_waits_where(const Cta* cta, uint32_t first, uint32_t last) {
+    std::string text;
+    for (int op = 1; op <= static_cast<int>(Op::kExit); ++op) {
+        std::string ranges;
+        for (uint32_t i = first; i < last; ++i) {
+            const Thread& thread = cta->threads[i];
+            if (thread.warp->runnable >> thread.position & 1 || thread.waits != static_cast<Op>(op)) continue;
+            uint32_t end = i;
+            while (end + 1 < last && cta->threads[end + 1].waits == static_cast<Op>(op)) ++end;
+            ranges += (ranges.empty() ? "" : ", ") + std::to_string(i);
+            if (end > i) ranges += "-" + std::to_string(end);
+            i = end;
+        }
+        if (ranges.empty()) continue;
+        text += (text.empty() ? "" : "; ") + std::string(op_name(static_cast<Op>(op))) + ": threads " + ranges;
+    }
+    return text;
+}
+
+void fault_mixed(Thread* thread, Op op) {
+    thread->warp->runnable &= ~(1u << thread->position);
+    const uint32_t first = thread->index / 32 * 32;
+    fault(thread, op, "its warp already waits at another warp-wide operation (%s)",
+          who_waits_where(thread->cta, first, first + 32).c_str());
+}
+
+void block(Thread* thread) {
+    Warp* warp = thread->warp;
+    Cta* cta = thread->cta;
+    Thread* next = nullptr;
+    if (warp->runnable != 0) {
+        const uint32_t later = warp->runnable & (~0u << thread->position);
+        next = warp->turns[__builtin_ctz(later != 0 ? later : warp->runnable)];
+    } else {
+        if (warp->arrived != 0) {
+            const uint32_t first = thread->index / 32 * 32;
+            fault(thread, thread->waits, "the lanes of the warp diverged and %s can never complete (%s)",
+                  op_name(warp->op), who_waits_where(cta, first, first + 32).c_str());
+        }
+        const uint32_t count = static_cast<uint32_t>(cta->turns.size());
+        for (uint32_t i = 1; i < count && next == nullptr; ++i) {
+            const Warp* other = cta->turns[(warp->position + i) % count];
+            if (other->runnable != 0) next = other->turns[__builtin_ctz(other->runnable)];
+        }
+        if (next == nullptr && cta->at_barrier != 0)
+            fault(thread, thread->waits, "deadlock: sync_cta can never complete (%s)",
+                  who_waits_where(cta, 0, static_cast<uint32_t>(cta->threads.size())).c_str());
+    }
+    switch_context(thread->context, next != nullptr ? next->context : cta->scheduler);
+}
+
+uint32_t thread_idx() { return self()->index; }
+uint32_t block_idx() { return self()->cta->index; }
+uint32_t smem_base() { return kSmemBase; }
+
+void sync_warp() {
+    meet(self(), Op::kSyncWarp, [](Warp* warp) { ++warp->epoch; });
+}
+
+void sync_cta() {
+    Thread* thread = self();
+    Cta* cta = thread->cta;
+    thread->waits = Op::kSyncCta;
+    thread->warp->runnable &= ~(1u << thread->position);
+    if (++cta->at_barrier < cta->threads.size()) return block(thread);
+    cta->at_barrier = 0;
+    ++cta->epoch;
+    for (Warp& warp : cta->warps) {
+        warp.runnable = ~0u;
+        ++warp.epoch;
+    }
+}
+
+// Where each fiber starts.
+static void thread_main() {
+    Thread* thread = self();
+    thread->cta->kernel->thread_main(thread->cta->request->params);
+    check_no_copies_in_flight(thread);
+    thread->waits = Op::kExit;
+    thread->warp->runnable &= ~(1u << thread->position);
+    block(thread);
+    __builtin_unreachable();
+}
+
+static uint32_t next_random(uint64_t& state) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state >> 33);
+}
+
+// Puts count values into the order of turns that the request asks for.
+template <class T>
+static void arrange(T* values, uint32_t count, const Request& request, uint64_t& random) {
+    if (request.order == kReverse) std::reverse(values, values + count);
+    if (request.order == kShuffle)
+        for (uint32_t i = count; i > 1; --i) std::swap(values[i - 1], values[next_random(random) % i]);
+}
+
+static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
+    const Request& request = *cta.request;
+    uint64_t random = (static_cast<uint64_t>(request.seed) << 32) + index;
+    cta.index = index;
+    cta.epoch = 1;
+    cta.at_barrier = 0;
+    cta.faulted = false;
+    memset(cta.smem.get(), 0xff, request.smem);  // NaN as fp16, bf16 and fp32
+    std::fill(cta.shadow.begin(), cta.shadow.end(), Granule{});
+    for (size_t w = 0; w < cta.warps.size(); ++w) {
+        Warp& warp = cta.warps[w];
+        warp.runnable = ~0u;
+        warp.arrived = 0;
+        warp.epoch = 1;
+        cta.turns[w] = &warp;
+        for (uint32_t lane = 0; lane < 32; ++lane) warp.turns[lane] = warp.lanes[lane] = &cta.threads[w * 32 + lane];
+        arrange(warp.turns, 32, request, random);
+        for (uint32_t p = 0; p < 32; ++p) warp.turns[p]->position = p;
+    }
+    arrange(cta.turns.data(), static_cast<uint32_t>(cta.turns.size()), request, random);
+    for (size_t p = 0; p < cta.turns.size(); ++p) cta.turns[p]->position = static_cast<uint32_t>(p);
+    for (uint32_t i = 0; i < cta.threads.size(); ++i) {
+        Thread& thread = cta.threads[i];
+        thread.cta = &cta;
+        thread.warp = &cta.warps[i / 32];
+        thread.index = i;
+        thread.lane = i % 32;
+        thread.waits = Op::kNone;
+        thread.committed = 0;
+        thread.copies.clear();
+        stacks.give(static_cast<int>(i), &thread, thread.context, thread_main);
+    }
+}
+
+int run(Request& request, const Kernel& kernel) {
+    auto refuse = [&](const std::string& why) {
+        snprintf(request.error, request.error_bytes, "kernel %s, launch: %s", kernel.name, why.c_str());
+        return 1;
+    };
+    if (request.grid == 0) return refuse("the grid is empty");
+    if (request.threads == 0 || request.threads % 32 != 0)
+        return refuse(std::to_string(request.threads) + " threads per CTA is not a positive multiple of 32");
+    if (request.threads > kernel.max_threads)
+        return refuse(std::to_string(request.threads) + " threads per CTA exceed the launch bound of " +
+                      std::to_string(kernel.max_threads));
+    if (reinterpret_cast<uintptr_t>(request.params) % kernel.params_align != 0)
+        return refuse("the parameter block is not aligned to " + std::to_string(kernel.params_align) + " bytes");
+
+    std::atomic<uint32_t> next{0};
+    std::atomic<uint64_t> collectives{0};
+    std::atomic<bool> stop{false};
+    std::mutex guard;
+    uint32_t fault_cta = ~0u;
+
+    auto work = [&] {
+        const Stacks stacks(static_cast<int>(request.threads));
+        auto cta = std::make_unique<Cta>();
+        cta->request = &request;
+        cta->kernel = &kernel;
+        cta->collectives = 0;
+        cta->threads.resize(request.threads);
+        cta->warps.resize(request.threads / 32);
+        cta->turns.resize(request.threads / 32);
+        cta->smem.reset(new unsigned char[request.smem]);
+        cta->shadow.resize((request.smem + kGranule - 1) / kGranule);
+        for (uint32_t index; !stop && (index = next++) < request.grid;) {
+            prepare(*cta, stacks, index);
+            switch_context(cta->scheduler, cta->turns[0]->turns[0]->context);
+            if (!cta->faulted) continue;
+            stop = true;
+            const std::lock_guard<std::mutex> lock(guard);
+            if (index < fault_cta) {  // the lowest CTA's fault is the one reported
+                fault_cta = index;
+                snprintf(request.error, request.error_bytes, "%s", cta->error);
+            }
+        }
+        collectives += cta->collectives;
+    };
+    std::vector<std::thread> helpers;
+    for (uint32_t i = 1; i < std::min(request.workers, request.grid); ++i) helpers.emplace_back(work);
+    work();
+    for (std::thread& helper : helpers) helper.join();
+    request.collectives = collectives;
+    return fault_cta == ~0u ? 0 : 1;
+}
+
+}  // namespace emu
+}  // namespace fmha
