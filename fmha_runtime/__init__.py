@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused multi-head attention from cubins: a table of kernels, a dispatcher and the CUDA driver API.
+
+Importing this package loads neither torch nor CUDA and touches no file; names resolve on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attention": "attention",
+    "attention_varlen": "attention",
+    "explain": "attention",
+    "is_supported": "attention",
+    "merge_states": "attention",
+    "plan": "attention",
+    "prepare": "attention",
+    "Plan": "launch",
+    "Problem": "dispatch",
+    "Trace": "dispatch",
+    "KernelSpec": "spec",
+    "ArtifactError": "errors",
+    "BuildError": "errors",
+    "DriverError": "errors",
+    "EmulatorFault": "errors",
+    "FmhaError": "errors",
+    "InputError": "errors",
+    "KernelNotBuilt": "errors",
+    "ToolchainError": "errors",
+    "UnsupportedProblem": "errors",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .attention import (
+        attention,
+        attention_varlen,
+        explain,
+        is_supported,
+        merge_states,
+        plan,
+        prepare,
+    )
+    from .dispatch import Problem, Trace
+    from .errors import (
+        ArtifactError,
+        BuildError,
+        DriverError,
+        EmulatorFault,
+        FmhaError,
+        InputError,
+        KernelNotBuilt,
+        ToolchainError,
+        UnsupportedProblem,
+    )
+    from .launch import Plan
+    from .spec import KernelSpec
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public calls: check, choose, launch. docs/semantics.md is the long form of the rules below.
+
+Tensors are ``[batch, seq, heads, head_dim]`` with any strides and a contiguous head dim, or ``[tokens, heads, head_dim]``
+with ``cu_seqlens`` for varlen. Query i sits at key position ``i + kv_len - q_len`` (bottom-right alignment); causal calls
+see no key to the right of it, and ``window=(left, right)`` bounds both sides inclusively, None = unlimited. Rows that see
+no key give out = 0 and lse = -inf. Log-sum-exp is fp32 in natural log, ``[batch, heads, seq]`` or ``[heads, tokens]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import dispatch, driver, launch, reference, tensors
+from .dispatch import Problem, Trace
+from .errors import FmhaError, InputError, UnsupportedProblem
+from .launch import Plan
+from .spec import Arch, Score
+
+if TYPE_CHECKING:
+    import torch
+
+    Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    Window = tuple[int | None, int | None] | None
+
+_PLAN_LIMIT = 4096
+_plans: dict[Any, Plan] = {}
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    device: str | None = None,
+    stream: int | None = None,
+    fallback: str | None = None,
+) -> Result:
+    """Softmax attention, ``softmax(scale * q k^T + mask) v``, on a batch of equally long sequences.
+
+    Args:
+        q: [B, Sq, H, D] fp16 or bf16.
+        k: [B, Sk, Hk, D]; H must be a multiple of Hk, and query head h reads head h // (H / Hk).
+        v: [B, Sk, Hk, Dv].
+        causal: hide keys to the right of the diagonal.
+        window: (left, right) visible keys on either side of the diagonal, inclusive; None (or -1) = unlimited.
+        scale: factor on q.k before the softmax; default 1 / sqrt(D).
+        softcap: cap * tanh(score / cap) before the mask; 0 = off.
+        alibi_slopes: [H] or [B, H] fp32; adds -slope * abs(distance to the diagonal).
+        seqused_k: [B] int32, keys of each sequence that exist (right-padded K and V); None = all.
+        out: tensor to write, [B, Sq, H, Dv]; default a new contiguous one.
+        return_lse: also return the log-sum-exp.
+        device: "emulator" runs CPU tensors on the kernel emulator ("emulator:sm90" for another arch than sm80);
+            None = where the tensors are (CPU tensors go to the torch reference).
+        stream: CUstream handle; default the current stream of the tensors' device.
+        fallback: "torch" runs a problem that no kernel computes in plain torch; None raises.
+
+    Returns:
+        out [B, Sq, H, Dv] in q's dtype, or (out, lse) with lse [B, H, Sq] fp32.
+
+    Raises:
+        InputError: malformed arguments.
+        UnsupportedProblem: no kernel computes this.
+        KernelNotBuilt: the kernel exists but its cubin does not; the message has the command.
+        ArtifactError: the cubin on disk is damaged.
+        DriverError: no driver, or the driver refused the launch.
+    """
+    return _call(
+        q, k, v, None, None, None, None, causal, window, scale, softcap, alibi_slopes, seqused_k, out, return_lse,
+        device, stream, fallback,
+    )  # fmt: skip
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    device: str | None = None,
+    stream: int | None = None,
+    fallback: str | None = None,
+) -> Result:
+    """``attention`` on sequences of different lengths, packed one after the other.
+
+    Args:
+        q: [Tq, H, D] fp16 or bf16, the query tokens of all sequences.
+        k: [Tk, Hk, D].
+        v: [Tk, Hk, Dv].
+        cu_seqlens_q: [B + 1] int32 on q's device: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1.
+            Never read on the host; values that do not ascend from 0 to Tq are undefined behaviour.
+        cu_seqlens_k: [B + 1] int32, the same for k and v.
+        max_seqlen_q: longest query sequence, or an upper bound of it.
+        max_seqlen_k: longest key sequence, or an upper bound of it.
+        seqused_k: [B] int32, keys at the start of each segment that exist; None = all.
+
+    The other arguments are those of ``attention``.
+
+    Returns:
+        out [Tq, H, Dv], or (out, lse) with lse [H, Tq] fp32.
+
+    Raises:
+        the errors of ``attention``.
+    """
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise InputError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; without them call attention()")
+    return _call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, softcap,
+        alibi_slopes, seqused_k, out, return_lse, device, stream, fallback,
+    )  # fmt: skip
+
+
+def _call(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
+    softcap: Any, alibi: Any, used: Any, out: Any, return_lse: bool, device: Any, stream: Any, fallback: Any,
+) -> Any:  # fmt: skip
+    # The hot path: one dictionary look-up stands for every check that depends on geometry and options.
+    try:
+        key = (
+            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
+            v.dtype, v.device, causal, window, scale, device, max_q, max_k,
+            None if out is None else launch.geometry(out),
+            None if used is None else launch.geometry(used),
+            None if cu_q is None else (launch.geometry(cu_q), launch.geometry(cu_k)),
+        )  # fmt: skip
+        plan = None if softcap or alibi is not None else _plans.get(key)
+    except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
+        key = plan = None
+    if plan is None:
+        made = _make_plan(
+            q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap, alibi, used, out, device, stream,
+            fallback,
+        )  # fmt: skip
+        if made is None:
+            return _in_torch(
+                q, k, v, cu_q, cu_k, causal, window, scale, softcap, alibi, used, out, return_lse
+            )
+        plan = made
+        if key is not None and not softcap and alibi is None:
+            if len(_plans) >= _PLAN_LIMIT:
+                _plans.clear()
+            _plans[key] = plan
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        _refuse_gradients()
+    return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream)
+
+
+def _refuse_gradients() -> None:
+    import torch
+
+    if torch.is_grad_enabled():
+        raise UnsupportedProblem(
+            "q, k or v requires a gradient and there is no backward kernel yet: call under torch.no_grad() or "
+            "torch.inference_mode(), or use torch's scaled_dot_product_attention for training"
+        )
+
+
+def _make_plan(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
+    softcap: Any, alibi: Any, used: Any, out: Any, device: Any, stream: Any, fallback: Any,
+) -> Plan | None:  # fmt: skip
+    """The plan of a call, or None when plain torch is to run it (CPU tensors, or an explicit fallback)."""
+    shape = launch.check_call(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used, max_seqlen_q=max_q, max_seqlen_k=max_k, out=out
+    )  # fmt: skip
+    opts = launch.options(causal=causal, window=window, scale=scale)
+    score = _score(softcap, alibi, shape, q.device)
+    if fallback not in (None, "torch"):
+        raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
+    emulated = launch.emulated_arch(device)
+    if emulated is None and device is not None:
+        raise InputError(
+            f"device is {device!r}; None (where the tensors are), 'emulator' or 'emulator:ARCH' is needed"
+        )
+    if emulated is not None and q.device.type != "cpu":
+        raise InputError(f"the emulator runs CPU tensors; q is on {q.device}: call q.cpu()")
+    if emulated is None and q.device.type == "cpu":
+        return None
+    if q.device.type not in ("cpu", "cuda"):
+        raise InputError(f"q is on {q.device}; CUDA and CPU tensors are supported")
+    try:
+        arch = emulated or _arch(q.device.index)
+        choice = dispatch.choose(_problem(arch, q, shape, opts, score))
+    except UnsupportedProblem:
+        if fallback == "torch":
+            return None
+        raise
+    where = "emulator" if emulated else f"cuda:{q.device.index}"
+    if stream is None and not emulated:
+        import torch
+
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+    kernel = launch.load(choice.spec, device=where, stream=stream or 0)
+    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out)
+
+
+def _score(softcap: Any, alibi: Any, shape: launch.Shape, device: Any) -> Score:
+    """Which scores a call asks for; also checks softcap and slopes."""
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 <= softcap < float("inf"):
+        raise InputError(f"softcap is {softcap!r}; a finite number >= 0 is needed, 0 = off")
+    if alibi is None:
+        return Score.SOFTCAP if softcap else Score.PLAIN
+    if softcap:
+        raise UnsupportedProblem(
+            "softcap and alibi_slopes together: no kernel computes both (a score is either capped or biased)"
+        )
+    import torch
+
+    shapes = ((shape.heads,), (shape.batch, shape.heads))
+    if not isinstance(alibi, torch.Tensor) or tuple(alibi.shape) not in shapes:
+        got = tuple(alibi.shape) if isinstance(alibi, torch.Tensor) else repr(alibi)
+        raise InputError(f"alibi_slopes is {got}; a tensor of shape {shapes[0]} or {shapes[1]} is needed")
+    if alibi.dtype is not torch.float32 or alibi.device != device:
+        raise InputError(
+            f"alibi_slopes is {alibi.dtype} on {alibi.device}; torch.float32 on {device} is needed"
+        )
+    return Score.ALIBI
+
+
+def _arch(index: int) -> Arch:
+    capability = driver.capability(index)
+    found = Arch.for_capability(*capability)
+    if found is None:
+        raise UnsupportedProblem(
+            f"no kernels for compute capability {capability[0]}.{capability[1]}; there are kernels for "
+            + ", ".join(f"{a.capability[0]}.{a.capability[1]}" for a in Arch)
+        )
+    return found
+
+
+def _problem(
+    arch: Arch, q: Any, shape: launch.Shape, opts: launch.Options, score: Score
+) -> Problem:
+    return Problem(
+        arch=arch,
+        dtype=tensors.dtype_of("q", q),
+        head_dim=shape.head_dim,
+        head_dim_v=shape.head_dim_v,
+        score=score,
+        varlen=shape.varlen,
+        batch=shape.batch,
+        seqlen_q=shape.seqlen_q,
+        seqlen_k=shape.seqlen_k,
+        heads=shape.heads,
+        heads_k=shape.heads_k,
+        causal=opts.causal,
+        window=opts.window,
+    )
+
+
+def _in_torch(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, causal: bool, window: Window, scale: Any, softcap: float, alibi: Any,
+    used: Any, out: Any, return_lse: bool,
+) -> Any:  # fmt: skip
+    """Plain torch with the same semantics, fp32 inside: CPU tensors, and ``fallback="torch"``."""
+    import torch
+
+    shared: dict[str, Any] = {
+        "causal": causal, "window": window, "scale": scale, "softcap": softcap, "alibi_slopes": alibi,
+        "seqused_k": used, "compute_dtype": torch.float32,
+    }  # fmt: skip
+    if cu_q is None:
+        result, lse = reference.attention(q, k, v, **shared)
+    else:
+        result, lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **shared)
+    if out is None:
+        out = result.to(q.dtype)
+    else:
+        out.copy_(result)
+    return (out, lse.float()) if return_lse else out
+
+
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    seqused_k: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    device: str | None = None,
+) -> Plan:
+    """Everything of a call that depends on shapes, strides and options, done once; the kernel is loaded.
+
+    ``plan(...).run(q, k, v)`` is the cheapest call there is, and may be captured in a CUDA graph.
+
+    Args:
+        q, k, v: example tensors; only their geometry is kept. The other arguments are those of ``attention`` and
+            ``attention_varlen``.
+
+    Returns:
+        a Plan; ``run(q, k, v, out=, return_lse=, cu_seqlens_q=, cu_seqlens_k=, seqused_k=, stream=)`` launches it.
+
+    Raises:
+        the errors of ``attention``; InputError also for CPU tensors without device="emulator", which need no plan.
+    """
+    made = _make_plan(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, 0.0, None, seqused_k,
+        out, device, None, None,
+    )  # fmt: skip
+    if made is None:
+        raise InputError(
+            "CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors"
+        )
+    return made
+
+
+def prepare(problem: Problem, *, device: int = 0) -> None:
+    """Loads the kernel of a problem onto a GPU ahead of its first call, for example before a graph capture.
+
+    Args:
+        problem: what will be asked; its arch must be the device's.
+        device: CUDA device index.
+
+    Raises:
+        UnsupportedProblem, KernelNotBuilt, ArtifactError, DriverError: as ``attention``.
+    """
+    launch.load(dispatch.choose(problem).spec, device=f"cuda:{device}")
+
+
+def explain(
+    q: torch.Tensor | Problem,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    device: str | None = None,
+) -> Trace:
+    """Which kernel a call would use, and why the nearest others would not do. Launches and loads nothing.
+
+    Args:
+        q: a ``Problem``, or the tensors and options of a call. CPU tensors are explained for the emulator's arch.
+
+    Returns:
+        a Trace; ``chosen`` is None when no kernel computes the problem, ``str()`` prints it.
+
+    Raises:
+        InputError: malformed arguments.
+    """
+    if isinstance(q, Problem):
+        return dispatch.trace(q)
+    shape = launch.check_call(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    opts = launch.options(causal=causal, window=window, scale=scale)
+    score = _score(softcap, alibi_slopes, shape, q.device)
+    emulated = launch.emulated_arch(device)
+    on_cpu = q.device.type == "cpu"
+    arch = emulated or (Arch.SM80 if on_cpu else _arch(q.device.index))
+    return dispatch.trace(_problem(arch, q, shape, opts, score))
+
+
+def is_supported(*args: Any, **kwargs: Any) -> list[str]:
+    """Why a call (the arguments of ``explain``) would be refused; an empty list means it is supported.
+
+    This is the selection itself with the launch left out, so it cannot disagree with ``attention``.
+    """
+    try:
+        found = explain(*args, **kwargs)
+        dispatch.choose(found.problem)
+    except FmhaError as error:
+        return [str(error)]
+    return []
+
+
+def merge_states(
+    outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges attention over disjoint sets of keys into attention over their union.
+
+    With ``l = logsumexp(lses)``: out = sum_i exp(lse_i - l) out_i (the combine step of split-KV attention).
+
+    Args:
+        outs: outputs of the parts, each [B, S, H, D] (or varlen [T, H, D]).
+        lses: their log-sum-exps, each [B, H, S] fp32 (or [H, T]), as ``return_lse=True`` gives them.
+
+    Returns:
+        (out in the dtype of outs[0], lse fp32). Rows without keys in every part stay 0 and -inf.
+
+    Raises:
+        InputError: no parts, different numbers of outs and lses, or shapes that do not match.
+    """
+    import torch
+
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise InputError(
+            f"merge_states got {len(outs)} outs and {len(lses)} lses; at least one of each, equally many"
+        )
+    shape = outs[0].shape
+    rows = (*shape[:-3], shape[-2], shape[-3])
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != shape or tuple(lse.shape) != rows:
+            raise InputError(
+                f"part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; "
+                f"{tuple(shape)} and {rows} are needed"
+            )
+    stacked = torch.stack([lse.float() for lse in lses])
+    total = torch.logsumexp(stacked, dim=0)
+    weights = torch.exp(stacked - torch.where(total.isinf(), 0.0, total))
+    merged = sum(
+        w.transpose(-1, -2).unsqueeze(-1) * out.float() for w, out in zip(weights, outs, strict=True)
+    )
+    return torch.as_tensor(merged).to(outs[0].dtype), total

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was asked to the kernel that computes exactly that, with the reason for every row that was passed over.
+
+Selection is exact: a row serves a problem only when it computes the same thing. Asking whether a problem is supported
+walks the same rows; there is no second, looser test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from . import catalog
+from .catalog import Tile
+from .errors import UnsupportedProblem
+from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What was asked, without pointers or strides. Lengths are upper bounds for varlen batches.
+
+    ``window`` is (left, right), inclusive, None = unlimited; causal problems have right = 0.
+    """
+
+    arch: Arch
+    dtype: DType
+    head_dim: int
+    head_dim_v: int
+    op: Op = Op.FWD
+    mask: Mask = Mask.BAND
+    score: Score = Score.PLAIN
+    kv: KvLayout = KvLayout.CONTIGUOUS
+    varlen: bool = False
+    batch: int = 1
+    seqlen_q: int = 1
+    seqlen_k: int = 1
+    heads: int = 1
+    heads_k: int = 1
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+
+    def __str__(self) -> str:
+        dims = f"{self.head_dim}" + (
+            f"x{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
+        )
+        words = [
+            f"{self.op.value} on {self.arch.value}, {self.dtype.value}, head dim {dims}",
+            f"batch {self.batch}, {self.heads}/{self.heads_k} heads, {self.seqlen_q} x {self.seqlen_k} tokens",
+        ]
+        words += ["varlen"] if self.varlen else []
+        words += ["causal"] if self.causal else []
+        left, right = self.window
+        if left is not None or (right is not None and not self.causal):
+            words.append(f"window ({left}, {right})")
+        words += [self.score.value] if self.score is not Score.PLAIN else []
+        words += ["packed mask"] if self.mask is Mask.PACKED else []
+        words += ["paged KV"] if self.kv is KvLayout.PAGED else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How a choice came about; ``str()`` is what ``fmha explain`` prints."""
+
+    problem: Problem
+    chosen: KernelSpec | None
+    rejected: tuple[tuple[KernelSpec, str], ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"problem   {self.problem}"]
+        if self.chosen is None:
+            lines.append("chosen    nothing")
+        else:
+            lines.append(f"chosen    {self.chosen.name}  tile {catalog.tile(self.chosen)}")
+        lines += [f"rejected  {spec.name}  {reason}" for spec, reason in self.rejected]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel for a problem, and why this one."""
+
+    spec: KernelSpec
+    tile: Tile
+    trace: Trace
+
+
+def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
+    """Why a row does not compute the problem; the gravest first."""
+    reasons = []
+    if spec.op is not problem.op:
+        reasons.append(f"computes {spec.op.value}, problem is {problem.op.value}")
+    if spec.arch is not problem.arch:
+        reasons.append(f"is for {spec.arch.value}, device is {problem.arch.value}")
+    if spec.dtype is not problem.dtype:
+        reasons.append(f"reads {spec.dtype.value}, problem is {problem.dtype.value}")
+    if (spec.head_dim, spec.head_dim_v) != (problem.head_dim, problem.head_dim_v):
+        reasons.append(
+            f"has head dims {spec.head_dim}x{spec.head_dim_v}, "
+            f"problem has {problem.head_dim}x{problem.head_dim_v}"
+        )
+    if spec.score is not problem.score:
+        reasons.append(f"computes {spec.score.value} scores, problem needs {problem.score.value}")
+    if spec.mask is not problem.mask:
+        reasons.append(f"applies {spec.mask.value} masks, problem needs {problem.mask.value}")
+    if spec.kv is not problem.kv:
+        reasons.append(f"reads {spec.kv.value} K and V, problem has {problem.kv.value}")
+    return reasons
+
+
+@lru_cache(maxsize=4096)
+def trace(problem: Problem) -> Trace:
+    """Walks every row of the catalogue. Never raises: ``chosen`` is None when nothing fits."""
+    chosen: KernelSpec | None = None
+    rejected: list[tuple[KernelSpec, list[str]]] = []
+    for spec in catalog.enumerate_specs():
+        reasons = _reasons(spec, problem)
+        if reasons:
+            rejected.append((spec, reasons))
+        else:
+            chosen = spec
+    # What nearly fitted is worth reading; the other 120 rows are not.
+    rejected.sort(key=lambda item: (len(item[1]), _distance(item[0], problem), item[0].name))
+    near = tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])
+    return Trace(problem, chosen, near)
+
+
+def _distance(spec: KernelSpec, problem: Problem) -> int:
+    return abs(spec.head_dim - problem.head_dim) + abs(spec.head_dim_v - problem.head_dim_v)
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def choose(problem: Problem) -> Choice:
+    """The kernel for a problem.
+
+    Raises:
+        UnsupportedProblem: no row computes it; the message says which axis stands in the way and what exists.
+    """
+    found = trace(problem)
+    if found.chosen is not None:
+        return Choice(found.chosen, catalog.tile(found.chosen), found)
+    nearest, reason = found.rejected[0] if found.rejected else (None, "the catalogue is empty")
+    hint = f"nearest row {nearest.name if nearest else None}: {reason}."
+    here = [s for s in catalog.enumerate_specs(problem.arch) if s.dtype is problem.dtype]
+    if (problem.head_dim, problem.head_dim_v) not in {(s.head_dim, s.head_dim_v) for s in here}:
+        dims = sorted({(s.head_dim, s.head_dim_v) for s in here})
+        names = _listed(str(d) if d == dv else f"{d}x{dv}" for d, dv in dims)
+        hint += f" Head dims on {problem.arch.value} for {problem.dtype.value}: {names}."
+    raise UnsupportedProblem(
+        f"no kernel computes this: {problem}. {hint} "
+        "fallback='torch' runs it in plain torch instead, if that is what you want.",
+        problem=problem,
+        rejections=[(spec.name, why) for spec, why in found.rejected],
+        nearest=nearest.name if nearest else None,
+    )

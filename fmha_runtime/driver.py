@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA driver: load one cubin, look up its kernel, launch it. Decides nothing.
+
+Every library is loaded lazily, once per process and device, and stays loaded for the life of the process: unloading
+during someone's graph capture would break the capture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from .errors import ArtifactError, DriverError, FmhaError
+
+Buffer = tuple[int, int, bool]
+"""(address, bytes, writable) of a tensor that a kernel may touch; only the emulator looks at it."""
+
+_REMEDY = {
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": "the cubin is for another compute capability: see `fmha doctor`",
+    "CUDA_ERROR_INVALID_IMAGE": "the cubin is damaged: rebuild it with `fmha build --force`",
+    "CUDA_ERROR_NO_DEVICE": "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the loaded libcuda and the kernel module differ: reboot",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the nvcc that wrote this code",
+}
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What a record needs to say about a GPU."""
+
+    name: str
+    capability: tuple[int, int]
+    sm_count: int
+    driver_version: str
+    l2_bytes: int
+    total_memory: int
+
+
+@cache
+def _api() -> Any:
+    """cuda.bindings.driver after cuInit.
+
+    Raises:
+        DriverError: the bindings or the driver are missing, or this is a forked child.
+    """
+    try:
+        from cuda.bindings import driver as api
+    except ImportError as error:
+        raise DriverError(
+            f"cuda-bindings cannot be imported ({error}): pip install 'cuda-bindings>=12.8,<14'"
+        ) from error
+    try:
+        (status,) = api.cuInit(0)
+    except RuntimeError as error:  # the bindings find no libcuda
+        raise DriverError(
+            f"no CUDA driver on this machine ({error}); CPU tensors still run: pass them with "
+            "device='emulator', or without a device for the torch reference path"
+        ) from error
+    if int(status) != 0:
+        _raise(api, status, "cuInit")
+    os.register_at_fork(after_in_child=_refuse_in_child)
+    return api
+
+
+_forked = False
+
+
+def _refuse_in_child() -> None:
+    global _forked
+    _forked = True
+
+
+def _raise(api: Any, status: Any, what: str) -> None:
+    name = status.name
+    _, text = api.cuGetErrorString(status)
+    remedy = _REMEDY.get(name, "")
+    text = text.decode() if text else "unknown error"
+    raise DriverError(
+        f"{what} failed: {name} ({text})" + (f"; {remedy}" if remedy else ""),
+        code=int(status),
+        name=name,
+    )
+
+
+def check(what: str, result: tuple[Any, ...]) -> Any:
+    """The values of a driver call's result tuple.
+
+    Raises:
+        DriverError: the status is not CUDA_SUCCESS.
+    """
+    if int(result[0]) != 0:
+        _raise(_api(), result[0], what)
+    return result[1] if len(result) == 2 else result[1:]
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    if _forked:
+        raise DriverError(
+            "this process was forked after CUDA was initialised, which CUDA does not survive: "
+            "start workers with multiprocessing.get_context('spawn')"
+        )
+    return check(name, getattr(_api(), name)(*arguments))
+
+
+@cache
+def _device(index: int) -> Any:
+    count = device_count()
+    if not 0 <= index < count:
+        raise DriverError(f"no CUDA device {index}: {count} visible")
+    return _call("cuDeviceGet", index)
+
+
+@cache
+def _context(index: int) -> Any:
+    """The device's primary context, the one that torch uses; retained for the life of the process."""
+    return _call("cuDevicePrimaryCtxRetain", _device(index))
+
+
+def device_count() -> int:
+    """Number of visible GPUs.
+
+    Raises:
+        DriverError: no driver.
+    """
+    return int(_call("cuDeviceGetCount"))
+
+
+@cache
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability (major, minor) of a GPU."""
+    return _attribute(index, "COMPUTE_CAPABILITY_MAJOR"), _attribute(
+        index, "COMPUTE_CAPABILITY_MINOR"
+    )
+
+
+@cache
+def l2_bytes(index: int) -> int:
+    """Size of a GPU's L2 cache in bytes."""
+    return _attribute(index, "L2_CACHE_SIZE")
+
+
+def _attribute(index: int, name: str) -> int:
+    key = getattr(_api().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(_call("cuDeviceGetAttribute", key, _device(index)))
+
+
+def device_info(index: int = 0) -> DeviceInfo:
+    """Name, size and driver of a GPU.
+
+    Raises:
+        DriverError: no driver or no such device.
+    """
+    device = _device(index)
+    name = _call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
+    return DeviceInfo(
+        name=name,
+        capability=capability(index),
+        sm_count=_attribute(index, "MULTIPROCESSOR_COUNT"),
+        driver_version=_driver_version(),
+        l2_bytes=l2_bytes(index),
+        total_memory=int(_call("cuDeviceTotalMem", device)),
+    )
+
+
+def _driver_version() -> str:
+    """The kernel driver's version where Linux tells it, else the CUDA version that the driver supports."""
+    try:
+        with open("/sys/module/nvidia/version") as file:
+            return file.read().strip()
+    except OSError:
+        version = int(_call("cuDriverGetVersion"))
+        return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+class Kernel:
+    """A loaded kernel on one device. ``launch`` takes a by-value parameter struct by address."""
+
+    __slots__ = ("_function", "_launch", "device", "library", "name")
+
+    def __init__(self, name: str, device: int, library: Any, function: Any) -> None:
+        self.name = name
+        self.device = device
+        self.library = library
+        self._function = function
+        self._launch = _api().cuLaunchKernel
+
+    def launch(
+        self,
+        grid: int,
+        threads: int,
+        smem: int,
+        stream: int,
+        params: int,
+        buffers: Sequence[Buffer] = (),
+    ) -> None:
+        """Enqueues the kernel.
+
+        Args:
+            grid: number of CTAs (one-dimensional).
+            threads: threads of a CTA.
+            smem: bytes of dynamic shared memory.
+            stream: CUstream handle as an int.
+            params: address of an array that holds the address of the parameter struct; both are read before the
+                call returns.
+            buffers: ignored; the emulator checks accesses against them.
+
+        Raises:
+            DriverError: the launch was refused, or an earlier kernel of this context failed.
+        """
+        result = self._launch(
+            self._function, grid, 1, 1, threads, 1, 1, smem, stream, params, 0
+        )
+        if result[0]:
+            if _forked:
+                _call("cuDriverGetVersion")  # raises with the remedy
+            check(f"launch of {self.name}", result)
+
+
+_kernels: dict[tuple[str, int, bytes], Kernel] = {}
+_lock = threading.Lock()
+
+
+def load(
+    image: bytes, name: str, device: int, smem: int, params_size: int | None = None, stream: int = 0
+) -> Kernel:
+    """Loads a cubin (or PTX text) on a device and prepares its kernel for launching.
+
+    Args:
+        image: cubin, or PTX text that the driver compiles.
+        name: entry point.
+        device: CUDA device index.
+        smem: dynamic shared memory in bytes that launches will ask for.
+        params_size: bytes of the parameter struct; compared with what the image says.
+        stream: the stream that the caller is about to use; loading while it captures a graph is refused.
+
+    Raises:
+        DriverError: no driver, the image does not fit the device, or a graph is being captured.
+        ArtifactError: the image's parameter block has another size than this version of the library fills.
+    """
+    import hashlib
+
+    key = (name, device, hashlib.sha256(image).digest())
+    found = _kernels.get(key)
+    if found is not None:
+        return found
+    if device >= 0 and stream_is_capturing(stream):
+        raise DriverError(
+            f"{name} is not loaded yet and a CUDA graph is being captured on this stream; loading is not allowed "
+            "there. Call fmha_runtime.prepare(...) (or run the call once) before the capture begins."
+        )
+    with _lock, _current(device):
+        api = _api()
+        text = image if image[:4] == b"\x7fELF" else image + b"\0"
+        library = _call("cuLibraryLoadData", text, [], [], 0, [], [], 0)
+        kernel = _call("cuLibraryGetKernel", library, name.encode())
+        if params_size is not None:
+            _, size = _call("cuKernelGetParamInfo", kernel, 0)
+            if size != params_size:
+                raise ArtifactError(
+                    f"{name} takes {size} bytes of parameters, this version fills {params_size}: "
+                    f"rebuild it with `fmha build --force {name}`",
+                    expected=params_size,
+                    found=size,
+                )
+        attribute = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _call("cuKernelSetAttribute", attribute, smem, kernel, _device(device))
+        function = _call("cuKernelGetFunction", kernel)
+        return _kernels.setdefault(key, Kernel(name, device, library, function))
+
+
+def registers(kernel: Kernel) -> int:
+    """Registers per thread of a loaded kernel, as the driver reports them (after its JIT for PTX)."""
+    attribute = _api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
+    return int(_call("cuFuncGetAttribute", attribute, kernel._function))
+
+
+def stream_is_capturing(stream: int) -> bool:
+    """Whether a CUDA graph is being captured on this stream."""
+    api = _api()
+    result = api.cuStreamIsCapturing(stream)
+    if result[0].name == "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT":
+        return True  # the legacy stream while another stream captures in global mode
+    status = check("cuStreamIsCapturing", result)
+    return int(status) != int(api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+
+
+class _current:
+    """Makes a device's primary context current for a while."""
+
+    def __init__(self, device: int) -> None:
+        self.context = _context(device)
+
+    def __enter__(self) -> None:
+        _call("cuCtxPushCurrent", self.context)
+
+    def __exit__(self, *_: object) -> None:
+        _call("cuCtxPopCurrent")
+
+
+def synchronize(device: int) -> None:
+    """Waits for everything on a device; a kernel's fault surfaces here."""
+    with _current(device):
+        _call("cuCtxSynchronize")
+
+
+def available() -> bool:
+    """Whether there is a driver and at least one GPU. Never raises."""
+    try:
+        return device_count() > 0
+    except FmhaError:
+        return False
+    except (OSError, ctypes.ArgumentError):
+        return False

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameter block of a kernel: the Python side of kernel_src/fmha/params.h, checked field by field by a test."""
+
+from __future__ import annotations
+
+import ctypes
+
+ABI = 1
+"""Must equal FMHA_ABI in params.h; a cubin with another number is never launched."""
+
+UNLIMITED = 1 << 30
+"""Window bound that hides nothing (kUnlimited in params.h)."""
+
+
+class Strides(ctypes.Structure):
+    """Element strides of one tensor seen as [batch, row, head, dim]."""
+
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    ]
+
+
+class FwdParams(ctypes.Structure):
+    """By-value argument of every forward kernel; field meanings are in params.h."""
+
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("o", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("cu_seqlens_q", ctypes.c_void_p),
+        ("cu_seqlens_k", ctypes.c_void_p),
+        ("seqused_k", ctypes.c_void_p),
+        ("q_stride", Strides),
+        ("k_stride", Strides),
+        ("v_stride", Strides),
+        ("o_stride", Strides),
+        ("lse_batch_stride", ctypes.c_int64),
+        ("lse_head_stride", ctypes.c_int64),
+        ("batch", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("heads_per_kv", ctypes.c_int32),
+        ("seqlen_q", ctypes.c_int32),
+        ("seqlen_k", ctypes.c_int32),
+        ("window_left", ctypes.c_int32),
+        ("window_right", ctypes.c_int32),
+        ("m_blocks", ctypes.c_int32),
+        ("section_heads", ctypes.c_int32),
+        ("longest_first", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("scale_log2", ctypes.c_float),
+    ]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel: a frozen value that is a pure function of its name, and the reverse.
+
+``fmha op arch dtype dHEAD[xV] [packed] [alibi|softcap] [paged]`` joined by underscores is the entry point, the file
+stem, the table key and what a profiler shows. Tile numbers are not in it: see catalog.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from .errors import InputError
+
+
+class Op(str, Enum):
+    """What the kernel does."""
+
+    FWD = "fwd"
+
+
+class Arch(str, Enum):
+    """The GPU target that a cubin is compiled for."""
+
+    SM80 = "sm80"
+    SM86 = "sm86"
+    SM89 = "sm89"
+    SM90 = "sm90"
+    SM120 = "sm120"
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability (major, minor)."""
+        number = int(self.value[2:])
+        return divmod(number, 10)
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory that one CTA may use (opt-in limit; CUDA C++ Programming Guide, table of
+        technical specifications per compute capability)."""
+        kib = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm120": 99}[self.value]
+        return kib * 1024
+
+    @classmethod
+    def for_capability(cls, major: int, minor: int) -> Arch | None:
+        """The arch whose cubins run on a device: same major number, highest minor not above the device's.
+
+        None when no arch of the table matches (cubins never cross a major compute capability).
+        """
+        fits = [a for a in cls if a.capability[0] == major and a.capability[1] <= minor]
+        return max(fits, key=lambda a: a.capability, default=None)
+
+
+class DType(str, Enum):
+    """Element type of q, k and v."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+    E4M3 = "e4m3"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return 1 if self is DType.E4M3 else 2
+
+
+class Mask(str, Enum):
+    """Mask family. ``band`` covers full, causal and sliding window with run-time bounds and is not named."""
+
+    BAND = "band"
+    PACKED = "packed"
+
+
+class Score(str, Enum):
+    """What happens to a score between q.k and the softmax, besides the scale."""
+
+    PLAIN = "plain"
+    ALIBI = "alibi"
+    SOFTCAP = "softcap"
+
+
+class KvLayout(str, Enum):
+    """How K and V lie in memory."""
+
+    CONTIGUOUS = "contiguous"
+    PAGED = "paged"
+
+
+HEAD_DIMS: tuple[tuple[int, int], ...] = (
+    *((d, d) for d in (32, 40, 48, 64, 72, 80, 96, 104, 128, 160, 192, 256)),
+    (192, 128),
+)
+"""(head dim of q and k, head dim of v) of the table."""
+
+_NAME = re.compile(
+    r"fmha_(?P<op>[a-z]+)_(?P<arch>sm\d+)_(?P<dtype>[a-z0-9]+)_d(?P<d>\d+)(?:x(?P<dv>\d+))?"
+    r"(?P<packed>_packed)?(?:_(?P<score>alibi|softcap))?(?P<paged>_paged)?"
+)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel of the table, by what it computes."""
+
+    op: Op
+    arch: Arch
+    dtype: DType
+    head_dim: int
+    head_dim_v: int
+    mask: Mask = Mask.BAND
+    score: Score = Score.PLAIN
+    kv: KvLayout = KvLayout.CONTIGUOUS
+
+    @property
+    def name(self) -> str:
+        """The kernel's name; ``KernelSpec.parse`` is its inverse."""
+        dims = f"d{self.head_dim}" + ("" if self.head_dim_v == self.head_dim else f"x{self.head_dim_v}")
+        words = ["fmha", self.op.value, self.arch.value, self.dtype.value, dims]
+        words += [self.mask.value] if self.mask is not Mask.BAND else []
+        words += [self.score.value] if self.score is not Score.PLAIN else []
+        words += [self.kv.value] if self.kv is not KvLayout.CONTIGUOUS else []
+        return "_".join(words)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def parse(cls, name: str) -> KernelSpec:
+        """The spec with this name.
+
+        Raises:
+            InputError: the text is not a kernel name.
+        """
+        found = _NAME.fullmatch(name)
+        try:
+            if found is None:
+                raise ValueError
+            d = int(found["d"])
+            spec = cls(
+                Op(found["op"]),
+                Arch(found["arch"]),
+                DType(found["dtype"]),
+                d,
+                int(found["dv"] or d),
+                Mask.PACKED if found["packed"] else Mask.BAND,
+                Score(found["score"] or "plain"),
+                KvLayout.PAGED if found["paged"] else KvLayout.CONTIGUOUS,
+            )
+            if spec.name != name:  # d64x64, d064: one spelling a kernel
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                f"{name!r} is not a kernel name; the form is fmha_OP_ARCH_DTYPE_dHEAD[xV][_packed]"
+                "[_alibi|_softcap][_paged], for example fmha_fwd_sm90_bf16_d128"
+            ) from None
+        return spec

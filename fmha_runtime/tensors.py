@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel needs to know of a tensor, and the rules a tensor must meet.
+
+Layouts: q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv]; varlen without the batch. Any strides with a contiguous
+head dim whose rows start on 16-byte boundaries (cp.async and TMA move 16 bytes at a time).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .spec import DType
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 16
+"""Bytes: base addresses and all strides but the innermost must be multiples of this."""
+
+MAX_SEQLEN = 1 << 29
+"""Longest sequence whose positions and window bounds stay inside the kernel's int32."""
+
+
+def dtype_of(name: str, tensor: torch.Tensor) -> DType:
+    """The table's element type of a tensor.
+
+    Raises:
+        InputError: no kernel reads this dtype.
+    """
+    import torch
+
+    table = {torch.float16: DType.FP16, torch.bfloat16: DType.BF16}
+    found = table.get(tensor.dtype)
+    if found is None:
+        raise InputError(
+            f"{name} has dtype {tensor.dtype}; supported are torch.float16 and torch.bfloat16: "
+            f"convert with {name}.to(torch.bfloat16)"
+        )
+    return found
+
+
+def check_tensor(name: str, tensor: Any, rank: int, layout: str) -> None:
+    """One of q, k, v, out: rank, contiguous head dim, aligned rows.
+
+    Raises:
+        InputError: names the rule and the offender.
+    """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(
+            f"{name} is a {type(tensor).__name__}; a torch.Tensor of shape {layout} is needed "
+            "(torch.from_dlpack makes one from any DLPack array without a copy)"
+        )
+    if tensor.ndim != rank:
+        raise InputError(
+            f"{name} has shape {tuple(tensor.shape)}; {layout} is needed"
+            + (" (unpacked [tokens, heads, dim] goes to attention_varlen)" if rank == 4 else "")
+        )
+    dtype_of(name, tensor)
+    shape, stride = tensor.shape, tensor.stride()
+    if shape[-1] > 1 and stride[-1] != 1:
+        raise InputError(
+            f"the head dim of {name} must be contiguous, but its stride is {stride[-1]} elements "
+            f"(shape {tuple(shape)}, strides {tuple(stride)}): call {name}.contiguous()"
+        )
+    size = tensor.element_size()
+    for axis in range(rank - 1):
+        if shape[axis] > 1 and stride[axis] * size % ALIGNMENT:
+            raise InputError(
+                f"stride {stride[axis]} of {name} (axis {axis}) is {stride[axis] * size} bytes; strides must be "
+                f"multiples of {ALIGNMENT} bytes, {ALIGNMENT // size} elements: call {name}.contiguous() or pad the rows"
+            )
+        if shape[axis] > 1 and stride[axis] < 0:
+            raise InputError(f"{name} has a negative stride on axis {axis}: call {name}.contiguous()")
+    check_address(name, tensor)
+
+
+def check_address(name: str, tensor: torch.Tensor) -> None:
+    """The base address of a tensor is 16-byte aligned.
+
+    Raises:
+        InputError: it is not (a slice that starts inside a 16-byte chunk).
+    """
+    address = tensor.data_ptr()
+    if address % ALIGNMENT:
+        raise InputError(
+            f"{name} starts at address {address:#x}, which is not a multiple of {ALIGNMENT} bytes "
+            f"(storage offset {tensor.storage_offset()} elements): call {name}.clone()"
+        )
+
+
+def check_index(name: str, tensor: Any, length: int, device: torch.device) -> None:
+    """An int32 vector that the kernel reads on the device: cu_seqlens, seqused.
+
+    Raises:
+        InputError: wrong type, dtype, shape, stride or device.
+    """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(
+            f"{name} is a {type(tensor).__name__}; an int32 tensor of shape [{length}] on {device} is needed"
+        )
+    if tensor.dtype is not torch.int32:
+        raise InputError(
+            f"{name} has dtype {tensor.dtype}; torch.int32 is needed: {name}.to(torch.int32)"
+        )
+    if tensor.ndim != 1 or tensor.shape[0] != length:
+        raise InputError(
+            f"{name} has shape {tuple(tensor.shape)}; [{length}] is needed for this batch"
+        )
+    if length > 1 and tensor.stride(0) != 1:
+        raise InputError(f"{name} must be contiguous: call {name}.contiguous()")
+    if tensor.device != device:
+        raise InputError(f"{name} is on {tensor.device}, q is on {device}: move it with .to({str(device)!r})")
+
+
+def extent_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first to just past the last element that a tensor addresses."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

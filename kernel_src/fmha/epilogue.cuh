@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stores O and the log-sum-exp of a warp's rows.
+#pragma once
+#include "softmax.cuh"
+#include "traits.cuh"
+
+namespace fmha {
+
+// Fragments go through the warp's own slab of shared memory, so that global stores are whole 16-byte chunks of a row.
+template <class Traits>
+FMHA_DEVICE void store_output(const float (&o)[Traits::kMTiles][Traits::kVTiles][4], uint32_t slab, uint16_t* out,
+                              int64_t row_stride, int warp_row, int q_len, int lane) {
+    using Tile = typename Traits::VTile;
+    sync_warp();  // the slab held Q, which other lanes may still be reading
+    FMHA_UNROLL
+    for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+        FMHA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int row = mt * 16 + half * 8 + lane / 4;
+            FMHA_UNROLL
+            for (int vt = 0; vt < Traits::kVTiles; ++vt) {
+                const float* pair = &o[mt][vt][half * 2];
+                st_shared_u32(slab + Tile::offset(row, vt) + (lane % 4) * 4,
+                              pack2<typename Traits::Element>(pair[0], pair[1]));
+            }
+        }
+    }
+    sync_warp();
+    for (int i = lane; i < Traits::kWarpRows * Traits::kVChunks; i += 32) {
+        const int row = i / Traits::kVChunks;
+        const int chunk = i % Traits::kVChunks;
+        if (warp_row + row < q_len) {
+            st_global_v4(out + (warp_row + row) * row_stride + chunk * kChunkElements,
+                         ld_shared_v4(slab + Tile::offset(row, chunk)));
+        }
+    }
+}
+
+template <int kMTiles>
+FMHA_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, float scale_log2, int warp_row, int q_len,
+                           int lane) {
+    FMHA_UNROLL
+    for (int mt = 0; mt < kMTiles; ++mt) {
+        FMHA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp_row + mt * 16 + half * 8 + lane / 4;
+            if (lane % 4 == 0 && row < q_len) {
+                st_global_f32(lse + row, softmax.lse(mt, half, scale_log2));
+            }
+        }
+    }
+}
+
+}  // namespace fmha

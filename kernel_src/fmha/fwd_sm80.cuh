@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// Flash-attention forward with cp.async, ldmatrix and mma.sync: SM80 and everything after it.
+//
+// One CTA computes kBlockM query rows of one head; each warp owns whole rows, so the softmax never leaves a warp. K and
+// V tiles stream through kStages buffers, right to left, with one barrier per tile: at that barrier tile n has landed
+// and every warp is done with tile n + 1, whose buffer the next copy may overwrite. P stays in registers, because the
+// accumulator layout of S is the operand layout of the second product.
+#pragma once
+#include "epilogue.cuh"
+#include "params.h"
+#include "scheduler.cuh"
+#include "seqlen.cuh"
+#include "softmax.cuh"
+#include "tile_copy.cuh"
+#include "traits.cuh"
+#include <ptx/sm80.cuh>
+
+namespace fmha {
+
+// Addresses that ldmatrix takes from this lane: one 8x8 matrix is eight rows of one chunk, and a lane names one row. The
+// rest of a tile is reached from here by SmemTile::step.
+template <class Traits>
+struct LaneAddress {
+    uint32_t q;  // row lane % 16, chunk lane / 16 of the warp's slab: the four quarters of an m16k16 operand
+    uint32_t k;  // keys lane % 8 + 8 * (lane / 16), chunk lane / 8 % 2: two n8k16 operands
+    uint32_t v;  // keys lane % 16, chunk lane / 16: two k16n8 operands, transposed on the way
+
+    FMHA_DEVICE LaneAddress(uint32_t slab, uint32_t ring, int lane)
+        : q(slab + Traits::QkTile::offset(lane % 16, lane / 16)),
+          k(ring + Traits::QkTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
+          v(ring + Traits::kKBytes + Traits::VTile::offset(lane % 16, lane / 16)) {}
+};
+
+// Compile-time loop: the body gets its index as a type, so that it can be a template argument.
+template <int kIndex>
+struct Index {
+    static constexpr int value = kIndex;
+};
+
+template <int kBegin, int kEnd, class Body>
+FMHA_DEVICE void static_for(const Body& body) {
+    if constexpr (kBegin < kEnd) {
+        body(Index<kBegin>{});
+        static_for<kBegin + 1, kEnd>(body);
+    }
+}
+
+// Q's fragments of one k16 step.
+template <class Traits, int kStep>
+FMHA_DEVICE void load_q(uint32_t (&a)[Traits::kMTiles][4], uint32_t q_lane) {
+    static_for<0, Traits::kMTiles>([&](auto mt) {
+        ldmatrix_x4(a[mt.value], Traits::QkTile::template step<decltype(mt)::value * 16, kStep * 2>(q_lane));
+    });
+}
+
+// S += Q K^T for one k16 step of the head dim.
+template <class Traits, int kStep>
+FMHA_DEVICE void qk_step(float (&s)[Traits::kMTiles][Traits::kNTiles][4], const uint32_t (&a)[Traits::kMTiles][4],
+                         uint32_t k_lane) {
+    using Element = typename Traits::Element;
+    static_for<0, Traits::kNTiles / 2>([&](auto pair) {
+        constexpr int kPair = decltype(pair)::value;
+        uint32_t b[4];
+        ldmatrix_x4(b, Traits::QkTile::template step<kPair * 16, kStep * 2>(k_lane));
+        FMHA_UNROLL
+        for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+            mma_m16n8k16<Element>(s[mt][kPair * 2], a[mt], b[0], b[1]);
+            mma_m16n8k16<Element>(s[mt][kPair * 2 + 1], a[mt], b[2], b[3]);
+        }
+    });
+}
+
+// O += P V for one step of 16 keys.
+template <class Traits, int kStep>
+FMHA_DEVICE void pv_step(float (&o)[Traits::kMTiles][Traits::kVTiles][4],
+                         const float (&p)[Traits::kMTiles][Traits::kNTiles][4], uint32_t v_lane) {
+    using Element = typename Traits::Element;
+    uint32_t a[Traits::kMTiles][4];
+    FMHA_UNROLL
+    for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+        const float(&even)[4] = p[mt][kStep * 2];
+        const float(&odd)[4] = p[mt][kStep * 2 + 1];
+        a[mt][0] = pack2<Element>(even[0], even[1]);
+        a[mt][1] = pack2<Element>(even[2], even[3]);
+        a[mt][2] = pack2<Element>(odd[0], odd[1]);
+        a[mt][3] = pack2<Element>(odd[2], odd[3]);
+    }
+    static_for<0, Traits::kVTiles / 2>([&](auto pair) {
+        constexpr int kPair = decltype(pair)::value;
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, Traits::VTile::template step<kStep * 16, kPair * 2>(v_lane));
+        FMHA_UNROLL
+        for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+            mma_m16n8k16<Element>(o[mt][kPair * 2], a[mt], b[0], b[1]);
+            mma_m16n8k16<Element>(o[mt][kPair * 2 + 1], a[mt], b[2], b[3]);
+        }
+    });
+    if constexpr (Traits::kVTiles % 2 == 1) {  // head dims 40, 72, 104 end with half a pair
+        constexpr int kLast = Traits::kVTiles - 1;
+        uint32_t b[2];
+        ldmatrix_x2_trans(b, Traits::VTile::template step<kStep * 16, kLast>(v_lane));
+        FMHA_UNROLL
+        for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+            mma_m16n8k16<Element>(o[mt][kLast], a[mt], b[0], b[1]);
+        }
+    }
+}
+
+template <class Traits>
+FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
+    const int thread = static_cast<int>(thread_idx());
+    const int lane = thread % 32;
+    const int warp = thread / 32;
+
+    // What this CTA works on.
+    const TileCoord tile = schedule(p);
+    const SeqlenInfo seq(p, tile.batch);
+    const int row_begin = tile.m_block * Traits::kBlockM;
+    if (row_begin >= seq.q_len) {
+        return;
+    }
+    const int row_end = row_begin + Traits::kBlockM < seq.q_len ? row_begin + Traits::kBlockM : seq.q_len;
+    const Band band(p, seq);
+    const KvRange range(band, row_begin, row_end, Traits::kBlockN);
+    const int kv_head = tile.head / p.heads_per_kv;
+    const int warp_row = row_begin + warp * Traits::kWarpRows;
+
+    const uint16_t* q = static_cast<const uint16_t*>(p.q) + tile.batch * p.q_stride.batch + seq.q_row * p.q_stride.row +
+                        tile.head * p.q_stride.head;
+    const uint16_t* k = static_cast<const uint16_t*>(p.k) + tile.batch * p.k_stride.batch + seq.k_row * p.k_stride.row +
+                        kv_head * p.k_stride.head;
+    const uint16_t* v = static_cast<const uint16_t*>(p.v) + tile.batch * p.v_stride.batch + seq.k_row * p.v_stride.row +
+                        kv_head * p.v_stride.head;
+
+    // Shared memory: Q (later O), then kStages x (K, V).
+    const uint32_t q_tile = smem_base();
+    const uint32_t ring = q_tile + Traits::kQBytes;
+    constexpr uint32_t kStageBytes = Traits::kKBytes + Traits::kVBytes;
+    const uint32_t warp_slab = q_tile + warp * Traits::kWarpRows * Traits::QkTile::kRowBytes;
+    const LaneAddress<Traits> address(warp_slab, ring, lane);
+
+    float o[Traits::kMTiles][Traits::kVTiles][4];
+    FMHA_UNROLL
+    for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+        FMHA_UNROLL
+        for (int vt = 0; vt < Traits::kVTiles; ++vt) {
+            o[mt][vt][0] = o[mt][vt][1] = o[mt][vt][2] = o[mt][vt][3] = 0.f;
+        }
+    }
+    Softmax<Traits::kMTiles> softmax;
+
+    if (range.begin < range.end) {
+        const TileCopy<Traits::kBlockM, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> q_copy(
+            q, p.q_stride.row, thread);
+        const TileCopy<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> k_copy(
+            k, p.k_stride.row, thread);
+        const TileCopy<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads> v_copy(
+            v, p.v_stride.row, thread);
+
+        // One group per tile, committed even when there is no tile left: the wait counts groups.
+        const auto load_kv = [&](int n_block, int stage) {
+            if (n_block >= range.begin) {
+                const uint32_t base = ring + stage * kStageBytes;
+                k_copy.load(base, n_block * Traits::kBlockN, seq.k_len);
+                v_copy.load(base + Traits::kKBytes, n_block * Traits::kBlockN, seq.k_len);
+            }
+            cp_async_commit();
+        };
+
+        q_copy.load(q_tile, row_begin, seq.q_len);
+        zero_surplus<typename Traits::QkTile, Traits::kQkChunks, Traits::kQkValidChunks, Traits::kThreads>(
+            q_tile, Traits::kBlockM, thread);
+        FMHA_UNROLL
+        for (int stage = 0; stage < Traits::kStages; ++stage) {
+            zero_surplus<typename Traits::QkTile, Traits::kQkChunks, Traits::kQkValidChunks, Traits::kThreads>(
+                ring + stage * kStageBytes, Traits::kBlockN, thread);
+        }
+        FMHA_UNROLL
+        for (int stage = 0; stage < Traits::kStages - 1; ++stage) {
+            load_kv(range.end - 1 - stage, stage);
+        }
+
+        uint32_t q_frag[Traits::kQInRegs ? Traits::kKSteps : 1][Traits::kMTiles][4];
+        if constexpr (Traits::kQInRegs) {
+            cp_async_wait<Traits::kStages - 2>();
+            sync_cta();
+            static_for<0, Traits::kKSteps>([&](auto ks) {
+                load_q<Traits, decltype(ks)::value>(q_frag[decltype(ks)::value], address.q);
+            });
+        }
+
+        const auto step = [&](int n_block, uint32_t stage_offset, auto masked) {
+            constexpr bool kMasked = decltype(masked)::value;
+            float s[Traits::kMTiles][Traits::kNTiles][4];
+            FMHA_UNROLL
+            for (int mt = 0; mt < Traits::kMTiles; ++mt) {
+                FMHA_UNROLL
+                for (int nt = 0; nt < Traits::kNTiles; ++nt) {
+                    s[mt][nt][0] = s[mt][nt][1] = s[mt][nt][2] = s[mt][nt][3] = 0.f;
+                }
+            }
+            static_for<0, Traits::kKSteps>([&](auto ks) {
+                constexpr int kStep = decltype(ks)::value;
+                auto& a = q_frag[Traits::kQInRegs ? kStep : 0];
+                if constexpr (!Traits::kQInRegs) {
+                    load_q<Traits, kStep>(a, address.q);
+                }
+                qk_step<Traits, kStep>(s, a, address.k + stage_offset);
+            });
+            if constexpr (kMasked) {
+                apply_band(s, band, warp_row, n_block * Traits::kBlockN, lane);
+            }
+            softmax.template step<kMasked>(s, o, p.scale_log2);
+            static_for<0, Traits::kBlockN / 16>(
+                [&](auto ks) { pv_step<Traits, decltype(ks)::value>(o, s, address.v + stage_offset); });
+        };
+
+        int stage = 0;
+        FMHA_UNROLL_1
+        for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
+            cp_async_wait<Traits::kStages - 2>();
+            sync_cta();
+            const int free_stage = stage == 0 ? Traits::kStages - 1 : stage - 1;
+            load_kv(n_block - (Traits::kStages - 1), free_stage);
+            if (range.needs_mask(n_block)) {
+                step(n_block, stage * kStageBytes, Bool<true>{});
+            } else {
+                step(n_block, stage * kStageBytes, Bool<false>{});
+            }
+            stage = stage == Traits::kStages - 1 ? 0 : stage + 1;
+        }
+        cp_async_wait<0>();
+    }
+
+    softmax.finish(o);
+    uint16_t* out = static_cast<uint16_t*>(p.o) + tile.batch * p.o_stride.batch + seq.q_row * p.o_stride.row +
+                    tile.head * p.o_stride.head;
+    store_output<Traits>(o, warp_slab, out, p.o_stride.row, warp_row, seq.q_len, lane);
+    if (p.lse != nullptr) {
+        float* lse = p.lse + tile.batch * p.lse_batch_stride + tile.head * p.lse_head_stride + seq.q_row;
+        store_lse(softmax, lse, p.scale_log2, warp_row, seq.q_len, lane);
+    }
+}
+
+}  // namespace fmha

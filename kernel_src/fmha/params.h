@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The structs that Python fills and kernels read: the ABI between fmha_runtime/params.py and the cubins.
+// Plain C++ on purpose: the host compiler prints the offsets for the test that compares both sides.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define FMHA_ABI 1
+
+namespace fmha {
+
+// Element strides of one tensor seen as [batch, row, head, dim]; dim is contiguous. For varlen tensors batch is 0.
+struct Strides {
+    int64_t batch;
+    int64_t row;
+    int64_t head;
+};
+
+struct FwdParams {
+    const void* q;
+    const void* k;
+    const void* v;
+    void* o;
+    float* lse;                   // null: not wanted
+    const int32_t* cu_seqlens_q;  // [batch + 1], null: dense
+    const int32_t* cu_seqlens_k;  // [batch + 1], null: dense
+    const int32_t* seqused_k;     // [batch], null: all of K is used
+    Strides q_stride;
+    Strides k_stride;
+    Strides v_stride;
+    Strides o_stride;
+    int64_t lse_batch_stride;  // in floats; rows are contiguous
+    int64_t lse_head_stride;
+    int32_t batch;
+    int32_t heads;           // query heads
+    int32_t heads_per_kv;    // query heads that share one KV head
+    int32_t seqlen_q;        // dense: rows of Q; varlen: upper bound
+    int32_t seqlen_k;        // dense: rows of K; varlen: upper bound
+    int32_t window_left;     // keys visible to the left of the diagonal; kUnlimited: all
+    int32_t window_right;    // keys visible to the right of the diagonal; kUnlimited: all
+    int32_t m_blocks;        // query tiles per head
+    int32_t section_heads;   // heads whose tiles run side by side, so that their K and V share the L2
+    int32_t longest_first;   // 1: later query tiles (more keys under a causal mask) first
+    float scale;             // softmax scale
+    float scale_log2;        // scale * log2(e)
+};
+
+// Large enough for every sequence, small enough that row + offset + window stays inside an int32.
+constexpr int32_t kUnlimited = 1 << 30;
+
+static_assert(sizeof(FwdParams) == 224, "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
+
+}  // namespace fmha

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which (query tile, head, batch) a CTA works on.
+#pragma once
+#include "params.h"
+#include <ptx/common.cuh>
+
+namespace fmha {
+
+struct TileCoord {
+    int m_block;
+    int head;
+    int batch;
+};
+
+// The grid is one-dimensional. Heads of the whole batch are cut into sections whose K and V fit the L2; inside a section
+// all heads start a query tile before the next tile begins. Under a causal mask the tiles with most keys go first, so
+// that the short ones fill the gaps at the end (longest processing time first).
+FMHA_DEVICE TileCoord schedule(const FwdParams& p) {
+    const int tile = static_cast<int>(block_idx());
+    const int all_heads = p.batch * p.heads;
+    const int section_tiles = p.section_heads * p.m_blocks;
+    const int section = tile / section_tiles;
+    const int first_head = section * p.section_heads;
+    const int rest = all_heads - first_head;
+    const int heads_here = rest < p.section_heads ? rest : p.section_heads;
+    const int index = tile - section * section_tiles;
+    const int m = index / heads_here;
+    const int head = first_head + index - m * heads_here;
+    TileCoord coord;
+    coord.m_block = p.longest_first ? p.m_blocks - 1 - m : m;
+    coord.batch = head / p.heads;
+    coord.head = head - coord.batch * p.heads;
+    return coord;
+}
+
+}  // namespace fmha

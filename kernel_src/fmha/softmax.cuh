@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Online softmax in the exp2 domain (FlashAttention-2, algorithm 1, with log2(e) folded into the scale).
+#pragma once
+#include "mask.cuh"
+
+namespace fmha {
+
+// Running maximum and sum of the rows that a thread holds: two of each m16 tile. The maximum is of the raw scores; the
+// sum is of this thread's columns only until finish() adds up the four lanes of a row.
+template <int kMTiles>
+struct Softmax {
+    float row_max[kMTiles][2];
+    float row_sum[kMTiles][2];
+
+    FMHA_DEVICE Softmax() {
+        FMHA_UNROLL
+        for (int mt = 0; mt < kMTiles; ++mt) {
+            row_max[mt][0] = row_max[mt][1] = kMinusInfinity;
+            row_sum[mt][0] = row_sum[mt][1] = 0.f;
+        }
+    }
+
+    // Turns S into P in place and rescales O to the new maximum. kMasked: rows may still have seen no key at all.
+    template <bool kMasked, int kNTiles, int kVTiles>
+    FMHA_DEVICE void step(float (&s)[kMTiles][kNTiles][4], float (&o)[kMTiles][kVTiles][4], float scale_log2) {
+        FMHA_UNROLL
+        for (int mt = 0; mt < kMTiles; ++mt) {
+            FMHA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                float peak = row_max[mt][half];
+                FMHA_UNROLL
+                for (int nt = 0; nt < kNTiles; ++nt) {
+                    peak = fmaxf(peak, fmaxf(s[mt][nt][half * 2], s[mt][nt][half * 2 + 1]));
+                }
+                peak = fmaxf(peak, shfl_xor(peak, 1));
+                peak = fmaxf(peak, shfl_xor(peak, 2));
+                // -inf - -inf is NaN: a row without keys keeps 0 as its base, and every exp2 below gives 0.
+                const float base = kMasked && peak == kMinusInfinity ? 0.f : peak * scale_log2;
+                const float shrink = exp2_approx(row_max[mt][half] * scale_log2 - base);
+                row_max[mt][half] = peak;
+                float sum = 0.f;
+                FMHA_UNROLL
+                for (int nt = 0; nt < kNTiles; ++nt) {
+                    FMHA_UNROLL
+                    for (int c = 0; c < 2; ++c) {
+                        float& x = s[mt][nt][half * 2 + c];
+                        x = exp2_approx(x * scale_log2 - base);
+                        sum += x;
+                    }
+                }
+                row_sum[mt][half] = row_sum[mt][half] * shrink + sum;
+                FMHA_UNROLL
+                for (int vt = 0; vt < kVTiles; ++vt) {
+                    o[mt][vt][half * 2] *= shrink;
+                    o[mt][vt][half * 2 + 1] *= shrink;
+                }
+            }
+        }
+    }
+
+    // Completes the row sums and divides O by them. Rows that saw no key become 0.
+    template <int kVTiles>
+    FMHA_DEVICE void finish(float (&o)[kMTiles][kVTiles][4]) {
+        FMHA_UNROLL
+        for (int mt = 0; mt < kMTiles; ++mt) {
+            FMHA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                float sum = row_sum[mt][half];
+                sum += shfl_xor(sum, 1);
+                sum += shfl_xor(sum, 2);
+                row_sum[mt][half] = sum;
+                const float inverse = sum == 0.f ? 0.f : rcp_approx(sum);
+                FMHA_UNROLL
+                for (int vt = 0; vt < kVTiles; ++vt) {
+                    o[mt][vt][half * 2] *= inverse;
+                    o[mt][vt][half * 2 + 1] *= inverse;
+                }
+            }
+        }
+    }
+
+    // Natural log of the sum of exponentials of the scaled scores; -inf for a row that saw no key.
+    FMHA_DEVICE float lse(int mt, int half, float scale_log2) const {
+        constexpr float kLn2 = 0.693147180559945309f;
+        const float sum = row_sum[mt][half];
+        return sum == 0.f ? kMinusInfinity : (row_max[mt][half] * scale_log2 + log2_approx(sum)) * kLn2;
+    }
+};
+
+}  // namespace fmha
