@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "attention": "attention",
-    "attention_varlen": "attention",
-    "explain": "attention",
-    "is_supported": "attention",
-    "merge_states": "attention",
-    "plan": "attention",
-    "prepare": "attention",
+    "attention": "api",
+    "attention_varlen": "api",
+    "explain": "api",
+    "is_supported": "api",
+    "merge_states": "api",
+    "plan": "api",
+    "prepare": "api",
     "Plan": "launch",
     "Problem": "dispatch",
     "Trace": "dispatch",
@@ -37,7 +37,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from .attention import (
+    from .api import (
         attention,
         attention_varlen,
         explain,

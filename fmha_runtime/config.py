@@ -41,6 +41,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("FMHA_HOST_CXX", "g++", "host C++ compiler, for nvcc and for the emulator"),
     Variable("FMHA_BUILD_JOBS", "min(cores, RAM / 2 GiB)", "compilers that run at once"),
     Variable("FMHA_BUILD_ON_DEMAND", "0", "1: attention() may build a kernel that is missing"),
+    Variable("FMHA_EMULATOR_THREADS", "cores", "host threads that the emulator runs CTAs on"),
     Variable("FMHA_DEBUG", "0", "1: tracebacks in the CLI, one line before each launch"),
 )
 
@@ -110,6 +111,20 @@ def _memory_bytes() -> int:
 def build_on_demand() -> bool:
     """Whether a call that lacks its kernel may compile it."""
     return _flag("FMHA_BUILD_ON_DEMAND")
+
+
+def emulator_threads() -> int:
+    """Host threads that the emulator runs CTAs on.
+
+    Raises:
+        InputError: FMHA_EMULATOR_THREADS is not a positive integer.
+    """
+    text = _get("FMHA_EMULATOR_THREADS")
+    if text is None:
+        return len(os.sched_getaffinity(0))
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"FMHA_EMULATOR_THREADS={text!r} is not a number of threads; set it to 1 or more")
+    return int(text)
 
 
 def debug() -> bool:

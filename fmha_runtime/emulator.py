@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs kernels on the CPU: kernel_src/emulator compiled with g++, the same interface as driver.py.
 
-The emulator is adversarial: copies land as late as they may, memory starts as NaN, and accesses out of bounds, races on
-shared memory and threads that wait in vain raise EmulatorFault. kernel_src/emulator says how.
+The emulator is adversarial: copies land as late as they may, memory starts as NaN, and accesses out
+of bounds, races on shared memory and threads that wait in vain raise EmulatorFault.
+kernel_src/emulator says how.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from .catalog import Tile
 from .errors import ArtifactError, BuildError, EmulatorFault, ToolchainError
 from .spec import KernelSpec
 
-_KERNEL_FLAGS = ("-shared", "-fPIC", "-std=c++17", "-O2", "-fvisibility=hidden", "-pthread")
-_RUNTIME_FLAGS = ("-r", "-nostdlib", "-fPIC", "-std=c++17", "-O3", "-fvisibility=hidden", "-pthread")
+_COMMON_FLAGS = ("-fPIC", "-std=c++17", "-fvisibility=hidden", "-pthread")
+_KERNEL_FLAGS = ("-shared", "-O2", *_COMMON_FLAGS)
+_RUNTIME_FLAGS = ("-r", "-nostdlib", "-O3", *_COMMON_FLAGS)
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cpp"}
 _ERROR_BYTES = 4096
 
@@ -81,7 +83,8 @@ class Kernel:
             self._entry = ctypes.CDLL(str(library))[name]
         except (OSError, AttributeError) as error:
             raise ArtifactError(
-                f"{library} does not hold the emulated kernel {name} ({error}); delete the file", path=library
+                f"{library} does not hold the emulated kernel {name} ({error}); delete the file",
+                path=library,
             ) from None
         self._entry.argtypes = [ctypes.POINTER(_Request)]
         self._entry.restype = ctypes.c_int
@@ -149,15 +152,17 @@ def load_source(text: str, name: str, include_dirs: Sequence[Path] | None = None
     Args:
         text: the source.
         name: the kernel's name.
-        include_dirs: where its headers lie instead of ``kernel_src/fmha``; small folders, because every source file in
-            them is part of the cache key.
+        include_dirs: where its headers lie instead of ``kernel_src/fmha``; small folders, because
+            every source file in them is part of the cache key.
 
     Raises:
         ToolchainError: there is no C++ compiler.
         BuildError: the source does not compile.
     """
     twins = config.kernel_src() / "emulator"
-    folders = [twins, *(include_dirs if include_dirs is not None else [config.kernel_src() / "fmha"])]
+    if include_dirs is None:
+        include_dirs = [config.kernel_src() / "fmha"]
+    folders = [twins, *include_dirs]  # the twins first: they stand in for <ptx/...>
     compiler = _compiler()
     runtime = _runtime(compiler, twins)
     digest = _digest(compiler, _KERNEL_FLAGS, runtime.name, text, *map(_contents, folders))
@@ -166,13 +171,13 @@ def load_source(text: str, name: str, include_dirs: Sequence[Path] | None = None
         with _staging(library) as folder:
             source = Path(folder) / f"{name}.cpp"
             source.write_text(text)
-            includes = [f"-I{path}" for path in folders]
-            _compile(compiler, [*_KERNEL_FLAGS, *includes, str(source), str(runtime)], library, folder)
+            inputs = [*(f"-I{path}" for path in folders), str(source), str(runtime)]
+            _compile(compiler, [*_KERNEL_FLAGS, *inputs], library, folder)
     return Kernel(name, library)
 
 
 def _runtime(compiler: Path, twins: Path) -> Path:
-    """The scheduler and the memory model as one object file, compiled once and linked into every kernel."""
+    """The scheduler and the memory model: one object file, linked into every kernel."""
     digest = _digest(compiler, _RUNTIME_FLAGS, _contents(twins))
     target = config.cache_dir() / "emulator" / f"runtime-{digest}.o"
     if not target.exists():
@@ -187,8 +192,8 @@ def _compiler() -> Path:
     found = config.which(wanted)
     if found is None:
         raise ToolchainError(
-            f"the emulator compiles kernels with a C++17 compiler and {wanted!r} was not found; install one "
-            "(Debian, Ubuntu: apt-get install g++) or set FMHA_HOST_CXX"
+            f"the emulator compiles kernels with a C++17 compiler and {wanted!r} was not found; "
+            "install one (Debian, Ubuntu: apt-get install g++) or set FMHA_HOST_CXX"
         )
     return found
 
@@ -197,7 +202,10 @@ def _compiler() -> Path:
 def _version(compiler: Path) -> str:
     result = subprocess.run([str(compiler), "--version"], capture_output=True, text=True)
     if result.returncode != 0:
-        raise ToolchainError(f"{compiler} --version failed: {result.stderr.strip()}; set FMHA_HOST_CXX to another one")
+        raise ToolchainError(
+            f"{compiler} --version failed ({result.stderr.strip()}); "
+            "set FMHA_HOST_CXX to a C++17 compiler"
+        )
     return result.stdout
 
 
@@ -218,7 +226,8 @@ def _staging(target: Path) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-")
     except OSError as error:
         raise ArtifactError(
-            f"cannot write emulated kernels to {target.parent} ({error}); set FMHA_CACHE_DIR to a writable folder",
+            f"cannot write emulated kernels to {target.parent} ({error}); "
+            "set FMHA_CACHE_DIR to a writable folder",
             path=target.parent,
         ) from None
 

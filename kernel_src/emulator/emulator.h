@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a kernel compiled for the emulator sees of it: the launch request that Python fills, the entry point's
-// description, and one function per instruction that needs the scheduler or the memory checks.
-// Includes no C++ standard header on purpose: this file is most of what g++ parses for each kernel.
+// What a kernel compiled for the emulator sees of it: the launch request that Python fills, the
+// entry point's description, and one function per instruction that needs the scheduler or the
+// memory checks. Includes no C++ standard header on purpose: this file is most of what g++ parses
+// for each kernel.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

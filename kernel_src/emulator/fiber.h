@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fibers: stacks, the switch between them, and how code on a fiber finds the emulated thread it belongs to.
+// Fibers: stacks, the switch between them, and how code on a fiber finds the emulated thread it
+// belongs to.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -38,8 +39,9 @@ struct Context {
     void* stack_pointer;
 };
 
-// Saves what the System V ABI says a call preserves, and continues where `to` was saved: a few nanoseconds, where
-// swapcontext makes two system calls. The floating-point control words are the same in every fiber.
+// Saves what the System V ABI says a call preserves, and continues where `to` was saved: a few
+// nanoseconds, where swapcontext makes two system calls. The floating-point control words are the
+// same in every fiber.
 asm(R"(
 .pushsection .text
 .local fmha_emulator_switch
@@ -63,15 +65,18 @@ fmha_emulator_switch:
 .size fmha_emulator_switch, . - fmha_emulator_switch
 .popsection
 )");
-extern "C" __attribute__((visibility("hidden"))) void fmha_emulator_switch(void** save, void** load);
+extern "C" __attribute__((visibility("hidden"))) void fmha_emulator_switch(void** save,
+                                                                           void** load);
 
 inline void switch_context(Context& from, Context& to) {
     fmha_emulator_switch(&from.stack_pointer, &to.stack_pointer);
 }
 
-// The first switch pops six registers and "returns" into entry, which must find the stack as after a call.
+// The first switch pops six registers and "returns" into entry, which must find the stack as after
+// a call.
 inline void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{63});
+    void** top =
+        reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{63});
     top -= 8;
     for (int i = 0; i < 8; ++i) top[i] = nullptr;
     top[6] = reinterpret_cast<void*>(entry);
@@ -79,7 +84,8 @@ inline void prepare_context(Context& context, char* stack, size_t bytes, void (*
 }
 #endif
 
-// Stacks of one size, aligned to that size, so that the address of any local variable leads to the stack's owner.
+// Stacks of one size, aligned to that size, so that the address of any local variable leads to the
+// stack's owner.
 class Stacks {
   public:
     static constexpr size_t kBytes = 256 << 10;
@@ -90,7 +96,8 @@ class Stacks {
         if (mapping_ == MAP_FAILED) throw std::bad_alloc();
         first_ = (reinterpret_cast<uintptr_t>(mapping_) + kBytes - 1) & ~(kBytes - 1);
         for (int i = 0; i < count; ++i)  // an overflow hits an unmapped page, not the neighbour
-            mprotect(reinterpret_cast<void*>(first_ + kBytes * i), sysconf(_SC_PAGESIZE), PROT_NONE);
+            mprotect(reinterpret_cast<void*>(first_ + kBytes * i), sysconf(_SC_PAGESIZE),
+                     PROT_NONE);
     }
     ~Stacks() { munmap(mapping_, kBytes * (count_ + 1)); }
     Stacks(const Stacks&) = delete;
@@ -100,7 +107,8 @@ class Stacks {
         const uintptr_t base = first_ + kBytes * index;
         Thread** slot = owner_slot(base);
         *slot = owner;
-        prepare_context(context, reinterpret_cast<char*>(base), reinterpret_cast<uintptr_t>(slot) - base, entry);
+        prepare_context(context, reinterpret_cast<char*>(base),
+                        reinterpret_cast<uintptr_t>(slot) - base, entry);
     }
 
     // The thread on whose stack the caller runs.
@@ -109,8 +117,8 @@ class Stacks {
     }
 
   private:
-    // Just above the stack's top. The top moves with the index: equal offsets would make the hot ends of all stacks
-    // compete for the same few cache sets.
+    // Just above the stack's top. The top moves with the index: equal offsets would make the hot
+    // ends of all stacks compete for the same few cache sets.
     static Thread** owner_slot(uintptr_t base) {
         const size_t color = base / kBytes % 32 * 2112;
         return reinterpret_cast<Thread**>(base + kBytes - 64 - color);

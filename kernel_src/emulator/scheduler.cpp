@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scheduler: CTAs over host threads, one fiber per CUDA thread, rendezvous of warps and CTAs, and the faults that
-// come from threads which wait for each other in vain.
+// The scheduler: CTAs over host threads, one fiber per CUDA thread, rendezvous of warps and CTAs,
+// and the faults that come from threads which wait for each other in vain.
 //
-// A warp runs as far as it can before the next one gets a turn, and a lane as far as it can before the next lane does:
-// the most lopsided schedule that the programming model allows, so that a missing barrier shows.
+// A warp runs as far as it can before the next one gets a turn, and a lane as far as it can before
+// the next lane does: the most lopsided schedule that the programming model allows, so that a
+// missing barrier shows.
 #include <stdio.h>
 #include <string.h>
 
@@ -20,19 +21,23 @@ namespace emu {
 
 const char* op_name(Op op) {
     static const char* const names[] = {
-        "(nothing)",          "sync_cta",           "sync_warp",           "shfl_xor",            "shfl_idx",
-        "ldmatrix_x4",        "ldmatrix_x4_trans",  "ldmatrix_x2_trans",   "mma_m16n8k16<Fp16>",  "mma_m16n8k16<Bf16>",
-        "ld_shared_v4",       "st_shared_v4",       "st_shared_u32",       "ld_global_v4",        "ld_global_s32",
-        "ld_global_f32",      "st_global_v4",       "st_global_f32",       "cp_async_16",         "cp_async_wait",
-        "exit",
+        "(nothing)",          "sync_cta",          "sync_warp",
+        "shfl_xor",           "shfl_idx",          "ldmatrix_x4",
+        "ldmatrix_x4_trans",  "ldmatrix_x2_trans", "mma_m16n8k16<Fp16>",
+        "mma_m16n8k16<Bf16>", "ld_shared_v4",      "st_shared_v4",
+        "st_shared_u32",      "ld_global_v4",      "ld_global_s32",
+        "ld_global_f32",      "st_global_v4",      "st_global_f32",
+        "cp_async_16",        "cp_async_wait",     "exit",
     };
     return names[static_cast<int>(op)];
 }
 
 void fault(Thread* thread, Op op, const char* format, ...) {
     Cta* cta = thread->cta;
-    int length = snprintf(cta->error, sizeof(cta->error), "kernel %s, CTA %u, thread %u (warp %u, lane %u), %s: ",
-                          cta->kernel->name, cta->index, thread->index, thread->index / 32, thread->lane, op_name(op));
+    int length =
+        snprintf(cta->error, sizeof(cta->error),
+                 "kernel %s, CTA %u, thread %u (warp %u, lane %u), %s: ", cta->kernel->name,
+                 cta->index, thread->index, thread->index / 32, thread->lane, op_name(op));
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(cta->error + length, sizeof(cta->error) - length, format, arguments);
@@ -50,7 +55,8 @@ static std::string who_waits_where(const Cta* cta, uint32_t first, uint32_t last
         std::string ranges;
         for (uint32_t i = first; i < last; ++i) {
             const Thread& thread = cta->threads[i];
-            if (thread.warp->runnable >> thread.position & 1 || thread.waits != static_cast<Op>(op)) continue;
+            if (thread.warp->runnable >> thread.position & 1 || thread.waits != static_cast<Op>(op))
+                continue;
             uint32_t end = i;
             while (end + 1 < last && cta->threads[end + 1].waits == static_cast<Op>(op)) ++end;
             ranges += (ranges.empty() ? "" : ", ") + std::to_string(i);
@@ -58,7 +64,8 @@ static std::string who_waits_where(const Cta* cta, uint32_t first, uint32_t last
             i = end;
         }
         if (ranges.empty()) continue;
-        text += (text.empty() ? "" : "; ") + std::string(op_name(static_cast<Op>(op))) + ": threads " + ranges;
+        text += (text.empty() ? "" : "; ") + std::string(op_name(static_cast<Op>(op))) +
+                ": threads " + ranges;
     }
     return text;
 }
@@ -80,7 +87,8 @@ void block(Thread* thread) {
     } else {
         if (warp->arrived != 0) {
             const uint32_t first = thread->index / 32 * 32;
-            fault(thread, thread->waits, "the lanes of the warp diverged and %s can never complete (%s)",
+            fault(thread, thread->waits,
+                  "the lanes of the warp diverged and %s can never complete (%s)",
                   op_name(warp->op), who_waits_where(cta, first, first + 32).c_str());
         }
         const uint32_t count = static_cast<uint32_t>(cta->turns.size());
@@ -138,7 +146,8 @@ template <class T>
 static void arrange(T* values, uint32_t count, const Request& request, uint64_t& random) {
     if (request.order == kReverse) std::reverse(values, values + count);
     if (request.order == kShuffle)
-        for (uint32_t i = count; i > 1; --i) std::swap(values[i - 1], values[next_random(random) % i]);
+        for (uint32_t i = count; i > 1; --i)
+            std::swap(values[i - 1], values[next_random(random) % i]);
 }
 
 static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
@@ -156,7 +165,8 @@ static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
         warp.arrived = 0;
         warp.epoch = 1;
         cta.turns[w] = &warp;
-        for (uint32_t lane = 0; lane < 32; ++lane) warp.turns[lane] = warp.lanes[lane] = &cta.threads[w * 32 + lane];
+        for (uint32_t lane = 0; lane < 32; ++lane)
+            warp.turns[lane] = warp.lanes[lane] = &cta.threads[w * 32 + lane];
         arrange(warp.turns, 32, request, random);
         for (uint32_t p = 0; p < 32; ++p) warp.turns[p]->position = p;
     }
@@ -177,17 +187,21 @@ static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
 
 int run(Request& request, const Kernel& kernel) {
     auto refuse = [&](const std::string& why) {
-        snprintf(request.error, request.error_bytes, "kernel %s, launch: %s", kernel.name, why.c_str());
+        snprintf(request.error, request.error_bytes, "kernel %s, launch: %s", kernel.name,
+                 why.c_str());
         return 1;
     };
     if (request.grid == 0) return refuse("the grid is empty");
     if (request.threads == 0 || request.threads % 32 != 0)
-        return refuse(std::to_string(request.threads) + " threads per CTA is not a positive multiple of 32");
+        return refuse(std::to_string(request.threads) +
+                      " threads per CTA is not a positive multiple of 32");
     if (request.threads > kernel.max_threads)
-        return refuse(std::to_string(request.threads) + " threads per CTA exceed the launch bound of " +
+        return refuse(std::to_string(request.threads) +
+                      " threads per CTA exceed the launch bound of " +
                       std::to_string(kernel.max_threads));
     if (reinterpret_cast<uintptr_t>(request.params) % kernel.params_align != 0)
-        return refuse("the parameter block is not aligned to " + std::to_string(kernel.params_align) + " bytes");
+        return refuse("the parameter block is not aligned to " +
+                      std::to_string(kernel.params_align) + " bytes");
 
     std::atomic<uint32_t> next{0};
     std::atomic<uint64_t> collectives{0};
@@ -220,7 +234,8 @@ int run(Request& request, const Kernel& kernel) {
         collectives += cta->collectives;
     };
     std::vector<std::thread> helpers;
-    for (uint32_t i = 1; i < std::min(request.workers, request.grid); ++i) helpers.emplace_back(work);
+    for (uint32_t i = 1; i < std::min(request.workers, request.grid); ++i)
+        helpers.emplace_back(work);
     work();
     for (std::thread& helper : helpers) helper.join();
     request.collectives = collectives;

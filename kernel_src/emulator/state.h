@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state of one emulated CTA: its threads, warps, shared memory and the shadow that the race detector keeps.
+// The state of one emulated CTA: its threads, warps, shared memory and the shadow that the race
+// detector keeps.
 #pragma once
 #include <stdarg.h>
 
@@ -54,8 +55,8 @@ struct Thread {
     Warp* warp;
     uint32_t index;
     uint32_t lane;
-    uint32_t position;  // of its turn within the warp
-    Op waits;           // where it stands while it is not runnable
+    uint32_t position;   // of its turn within the warp
+    Op waits;            // where it stands while it is not runnable
     uint32_t committed;  // cp.async groups
     std::vector<Copy> copies;
 };
@@ -64,12 +65,13 @@ struct Warp {
     uint32_t runnable;  // bit p: the thread whose turn is p can continue
     uint32_t arrived;   // lanes that wait at the collective `op`
     Op op;
-    uint32_t epoch;     // barriers of the warp or the CTA passed so far: what is ordered within the warp
+    uint32_t
+        epoch;  // barriers of the warp or the CTA passed so far: what is ordered within the warp
     uint32_t position;  // of its turn within the CTA
     Thread* turns[32];
     Thread* lanes[32];
-    // Operands and results of the collective in progress, by lane. A lane fills its own column when it arrives and
-    // empties it when it runs again, so the next collective cannot disturb this one.
+    // Operands and results of the collective in progress, by lane. A lane fills its own column when
+    // it arrives and empties it when it runs again, so the next collective cannot disturb this one.
     uint32_t in[4][32];
     uint32_t in_b[2][32];
     float acc[2][64];
@@ -78,8 +80,9 @@ struct Warp {
 
 constexpr uint32_t kGranule = 16;
 
-// What is known of 16 bytes of shared memory. Threads are stored plus one; 0: none. An access is ordered before another
-// of the same thread, before one of the same warp in a later warp epoch, and before any in a later CTA epoch.
+// What is known of 16 bytes of shared memory. Threads are stored plus one; 0: none. An access is
+// ordered before another of the same thread, before one of the same warp in a later warp epoch, and
+// before any in a later CTA epoch.
 struct Granule {
     uint32_t write_epoch;          // CTA epoch of the writers below
     uint32_t write_warp_epoch[4];  // by 4-byte word
@@ -91,7 +94,6 @@ struct Granule {
     uint8_t many_lanes;  // read by several lanes of the reader's warp
     uint8_t many_warps;
     uint8_t written;  // bit i: word i has ever been written
-    Op write_op;
 };
 
 // Shared memory starts here in the 32-bit window, so that address 0 is never valid.
@@ -116,15 +118,19 @@ struct Cta {
 
 inline Thread* self() { return Stacks::owner(); }
 
-// Ends the CTA with a message that starts with kernel, CTA, thread and operation. Does not return to the fiber.
-[[noreturn]] void fault(Thread* thread, Op op, const char* format, ...) __attribute__((format(printf, 3, 4)));
+// Ends the CTA with a message that starts with kernel, CTA, thread and operation. Does not return
+// to the fiber.
+[[noreturn]] void fault(Thread* thread, Op op, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
 
-// Called by a thread that cannot continue: runs whoever can, and returns when this thread is runnable again.
+// Called by a thread that cannot continue: runs whoever can, and returns when this thread is
+// runnable again.
 void block(Thread* thread);
 
 [[noreturn]] void fault_mixed(Thread* thread, Op op);
 
-// One thread's part in a warp-wide operation: waits until all 32 lanes are there; the last one performs it.
+// One thread's part in a warp-wide operation: waits until all 32 lanes are there; the last one
+// performs it.
 template <class Perform>
 inline void meet(Thread* thread, Op op, Perform perform) {
     Warp* warp = thread->warp;
@@ -139,7 +145,8 @@ inline void meet(Thread* thread, Op op, Perform perform) {
     ++thread->cta->collectives;
 }
 
-// A 16-byte row of shared memory read on behalf of the whole warp; `thread` is the lane that gave the address.
+// A 16-byte row of shared memory read on behalf of the whole warp; `thread` is the lane that gave
+// the address.
 const unsigned char* warp_read_row(Thread* thread, Op op, uint32_t addr);
 
 // Called when a thread returns from the kernel.

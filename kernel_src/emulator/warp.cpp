@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Warp-wide operations: shuffles, ldmatrix and mma.sync. Each lane deposits its operands in its own column of the
-// warp's exchange arrays; the last lane to arrive computes all results.
+// Warp-wide operations: shuffles, ldmatrix and mma.sync. Each lane deposits its operands in its own
+// column of the warp's exchange arrays; the last lane to arrive computes all results.
 #include <string.h>
 
 #include "state.h"
@@ -8,7 +8,8 @@
 namespace fmha {
 namespace emu {
 
-// --- shuffles --------------------------------------------------------------------------------------------------------
+// --- shuffles
+// --------------------------------------------------------------------------------------------------------
 
 template <class Source>
 static uint32_t shuffle(Op op, uint32_t x, uint32_t argument, Source source) {
@@ -17,20 +18,24 @@ static uint32_t shuffle(Op op, uint32_t x, uint32_t argument, Source source) {
     warp->in[0][thread->lane] = x;
     warp->in[1][thread->lane] = argument;
     meet(thread, op, [source](Warp* w) {
-        for (uint32_t lane = 0; lane < 32; ++lane) w->out[0][lane] = w->in[0][source(lane, w->in[1][lane]) % 32];
+        for (uint32_t lane = 0; lane < 32; ++lane)
+            w->out[0][lane] = w->in[0][source(lane, w->in[1][lane]) % 32];
     });
     return warp->out[0][thread->lane];
 }
 
 uint32_t shfl_xor(uint32_t x, int lane_mask) {
-    return shuffle(Op::kShflXor, x, static_cast<uint32_t>(lane_mask), [](uint32_t lane, uint32_t m) { return lane ^ m; });
+    return shuffle(Op::kShflXor, x, static_cast<uint32_t>(lane_mask),
+                   [](uint32_t lane, uint32_t m) { return lane ^ m; });
 }
 
 uint32_t shfl_idx(uint32_t x, int lane) {
-    return shuffle(Op::kShflIdx, x, static_cast<uint32_t>(lane), [](uint32_t, uint32_t from) { return from; });
+    return shuffle(Op::kShflIdx, x, static_cast<uint32_t>(lane),
+                   [](uint32_t, uint32_t from) { return from; });
 }
 
-// --- ldmatrix --------------------------------------------------------------------------------------------------------
+// --- ldmatrix
+// --------------------------------------------------------------------------------------------------------
 
 template <int kMatrices, bool kTrans>
 static void ldmatrix(Op op, uint32_t (&r)[kMatrices], uint32_t addr) {
@@ -41,7 +46,8 @@ static void ldmatrix(Op op, uint32_t (&r)[kMatrices], uint32_t addr) {
         for (int i = 0; i < kMatrices; ++i) {
             uint16_t matrix[8][8];
             for (int row = 0; row < 8; ++row)
-                memcpy(matrix[row], warp_read_row(w->lanes[8 * i + row], op, w->in[0][8 * i + row]), 16);
+                memcpy(matrix[row], warp_read_row(w->lanes[8 * i + row], op, w->in[0][8 * i + row]),
+                       16);
             for (uint32_t lane = 0; lane < 32; ++lane) {
                 const uint32_t g = lane / 4, t = lane % 4 * 2;
                 const uint32_t lo = kTrans ? matrix[t][g] : matrix[g][t];
@@ -54,10 +60,15 @@ static void ldmatrix(Op op, uint32_t (&r)[kMatrices], uint32_t addr) {
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { ldmatrix<4, false>(Op::kLdmatrixX4, r, addr); }
-void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { ldmatrix<4, true>(Op::kLdmatrixX4Trans, r, addr); }
-void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) { ldmatrix<2, true>(Op::kLdmatrixX2Trans, r, addr); }
+void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
+    ldmatrix<4, true>(Op::kLdmatrixX4Trans, r, addr);
+}
+void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) {
+    ldmatrix<2, true>(Op::kLdmatrixX2Trans, r, addr);
+}
 
-// --- mma -------------------------------------------------------------------------------------------------------------
+// --- mma
+// -------------------------------------------------------------------------------------------------------------
 
 // Branch-free, so that the loops over fragments become vector code.
 struct FromFp16 {
@@ -65,7 +76,8 @@ struct FromFp16 {
         const uint32_t magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
         uint32_t normal = magnitude + (112u << 23);
         normal += exponent == 0x0f800000u ? 112u << 23 : 0;  // infinity and NaN
-        const uint32_t with_one = normal + (1u << 23);       // subnormal: give it an implicit one and take it away again
+        const uint32_t with_one =
+            normal + (1u << 23);  // subnormal: give it an implicit one and take it away again
         float subnormal;
         memcpy(&subnormal, &with_one, 4);
         subnormal -= 6.103515625e-05f;  // 2^-14
@@ -89,9 +101,10 @@ struct FromBf16 {
 
 typedef float Row8 __attribute__((vector_size(32)));
 
-// The fragments of 32 lanes laid end to end are row-major 8x8 matrices: lane 4g + t holds row g, columns 2t and 2t+1.
-// So in[0..3] are the quadrants of A (rows 0-7 and 8-15 of depth 0-7, then of depth 8-15), in_b[0..1] the two halves of
-// B transposed, and acc[0..1] the upper and lower half of D.
+// The fragments of 32 lanes laid end to end are row-major 8x8 matrices: lane 4g + t holds row g,
+// columns 2t and 2t+1. So in[0..3] are the quadrants of A (rows 0-7 and 8-15 of depth 0-7, then of
+// depth 8-15), in_b[0..1] the two halves of B transposed, and acc[0..1] the upper and lower half of
+// D.
 template <class From>
 static void multiply(Warp* warp) {
     float a[4][64], b_t[2][64];

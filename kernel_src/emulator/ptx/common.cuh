@@ -11,14 +11,17 @@
 #define FMHA_UNROLL
 #define FMHA_UNROLL_1
 
-// Emits the function that Python calls with a Request; the body becomes what each emulated thread runs.
-#define FMHA_KERNEL(name, Params, threads, ctas_per_sm)                                                     \
-    static void name##_body(const Params& params);                                                          \
-    static void name##_thread(const void* params) { name##_body(*static_cast<const Params*>(params)); }     \
-    extern "C" __attribute__((visibility("default"))) int name(fmha::emu::Request* request) {               \
-        static_assert((ctas_per_sm) > 0, "At least one CTA must fit on an SM.");                            \
-        return fmha::emu::run(*request, {#name, name##_thread, threads, alignof(Params)});                  \
-    }                                                                                                       \
+// Emits the function that Python calls with a Request; the body becomes what each emulated thread
+// runs.
+#define FMHA_KERNEL(name, Params, threads, ctas_per_sm)                                       \
+    static void name##_body(const Params& params);                                            \
+    static void name##_thread(const void* params) {                                           \
+        name##_body(*static_cast<const Params*>(params));                                     \
+    }                                                                                         \
+    extern "C" __attribute__((visibility("default"))) int name(fmha::emu::Request* request) { \
+        static_assert((ctas_per_sm) > 0, "At least one CTA must fit on an SM.");              \
+        return fmha::emu::run(*request, {#name, name##_thread, threads, alignof(Params)});    \
+    }                                                                                         \
     static void name##_body(const Params& params)
 
 namespace fmha {
@@ -45,14 +48,17 @@ inline float bits_float(uint32_t u) {
 }
 
 // The .ftz suffix: subnormal numbers count as zero of the same sign.
-inline float flush(float x) { return (float_bits(x) & 0x7f800000u) ? x : bits_float(float_bits(x) & 0x80000000u); }
+inline float flush(float x) {
+    return (float_bits(x) & 0x7f800000u) ? x : bits_float(float_bits(x) & 0x80000000u);
+}
 
 // Round to nearest even; overflow gives infinity, any NaN gives 0x7fff: what cvt.rn does.
 inline uint32_t half_bits(float x) {
     const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return 0x7fffu;
     if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // 2^16 and above
-    if (magnitude < 0x38800000u)  // subnormal half: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    if (magnitude < 0x38800000u)  // subnormal half: adding 0.5 leaves the rounded multiple of 2^-24
+                                  // in the low bits
         return sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u);
     return sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
 }
@@ -76,10 +82,12 @@ FMHA_DEVICE float exp2_approx(float x) { return emu::flush(__builtin_exp2f(emu::
 FMHA_DEVICE float log2_approx(float x) { return __builtin_log2f(emu::flush(x)); }
 FMHA_DEVICE float rcp_approx(float x) { return emu::flush(1.0f / emu::flush(x)); }
 
-// tanh.approx promises a relative error of 2^-11 and no better; keeping 11 significant bits is exactly that coarse.
+// tanh.approx promises a relative error of 2^-11 and no better; keeping 11 significant bits is
+// exactly that coarse.
 FMHA_DEVICE float tanh_approx(float x) {
     const uint32_t u = emu::float_bits(__builtin_tanhf(x));
-    return (u & 0x7f800000u) == 0x7f800000u ? emu::bits_float(u) : emu::bits_float((u + 0x1000u) & ~0x1fffu);
+    return (u & 0x7f800000u) == 0x7f800000u ? emu::bits_float(u)
+                                            : emu::bits_float((u + 0x1000u) & ~0x1fffu);
 }
 
 FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return emu::shfl_xor(x, lane_mask); }
@@ -87,7 +95,9 @@ FMHA_DEVICE float shfl_xor(float x, int lane_mask) {
     return emu::bits_float(emu::shfl_xor(emu::float_bits(x), lane_mask));
 }
 FMHA_DEVICE uint32_t shfl_idx(uint32_t x, int lane) { return emu::shfl_idx(x, lane); }
-FMHA_DEVICE float shfl_idx(float x, int lane) { return emu::bits_float(emu::shfl_idx(emu::float_bits(x), lane)); }
+FMHA_DEVICE float shfl_idx(float x, int lane) {
+    return emu::bits_float(emu::shfl_idx(emu::float_bits(x), lane));
+}
 
 template <class Element>
 uint32_t pack2(float lo, float hi);

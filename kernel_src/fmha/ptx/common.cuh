@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every kernel needs of the machine: the kernel macro, indices, barriers, shuffles, approximate maths,
-// conversions, vector loads and stores. One function per instruction; kernel_src/emulator/ptx/common.cuh is its twin.
+// What every kernel needs of the machine: the kernel macro, indices, barriers, shuffles,
+// approximate maths, conversions, vector loads and stores. One function per instruction;
+// kernel_src/emulator/ptx/common.cuh is its twin.
 //
-// How asm is marked: an instruction that only computes (mma, ex2, cvt) is not volatile, so that the compiler moves it
-// freely. One that reads shared memory is volatile without a "memory" clobber: volatile statements keep their order
-// among each other and to barriers, and every access to shared memory is such a statement, while register traffic
-// around it stays free. Barriers, waits and stores also clobber memory, which orders plain C++ accesses.
+// How asm is marked: an instruction that only computes (mma, ex2, cvt) is not volatile, so that the
+// compiler moves it freely. One that reads shared memory is volatile without a "memory" clobber:
+// volatile statements keep their order among each other and to barriers, and every access to shared
+// memory is such a statement, while register traffic around it stays free. Barriers, waits and
+// stores also clobber memory, which orders plain C++ accesses.
 #pragma once
 #include <stdint.h>
 
@@ -14,8 +16,9 @@
 #define FMHA_UNROLL_1 _Pragma("unroll 1")
 
 // Defines the entry point `name`; the body that follows sees the by-value struct as `params`.
-#define FMHA_KERNEL(name, Params, threads, ctas_per_sm) \
-    extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm) name(const __grid_constant__ Params params)
+#define FMHA_KERNEL(name, Params, threads, ctas_per_sm)                \
+    extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm) \
+        name(const __grid_constant__ Params params)
 
 extern __shared__ __align__(1024) unsigned char fmha_dynamic_smem[];
 
@@ -33,7 +36,9 @@ FMHA_DEVICE uint32_t thread_idx() { return threadIdx.x; }
 FMHA_DEVICE uint32_t block_idx() { return blockIdx.x; }
 
 // Address of the dynamic shared memory in the 32-bit shared window; 1024-byte aligned.
-FMHA_DEVICE uint32_t smem_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(fmha_dynamic_smem)); }
+FMHA_DEVICE uint32_t smem_base() {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(fmha_dynamic_smem));
+}
 
 FMHA_DEVICE void sync_cta() { __syncthreads(); }
 FMHA_DEVICE void sync_warp() { __syncwarp(); }
@@ -64,8 +69,12 @@ FMHA_DEVICE float rcp_approx(float x) {
 }
 
 // The value of lane (own lane ^ lane_mask). All 32 lanes of the warp take part.
-FMHA_DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
-FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+FMHA_DEVICE float shfl_xor(float x, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, x, lane_mask);
+}
+FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, x, lane_mask);
+}
 
 // The value of lane `lane` (its low five bits). All 32 lanes of the warp take part.
 FMHA_DEVICE float shfl_idx(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -121,15 +130,20 @@ FMHA_DEVICE Vec4 ld_global_v4(const void* src) {
 FMHA_DEVICE void st_global_v4(void* dst, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
-                 : "l"(__cvta_generic_to_global(dst)), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3])
+                 : "l"(__cvta_generic_to_global(dst)), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]),
+                   "r"(v.x[3])
                  : "memory");
 }
 
 FMHA_DEVICE void st_global_f32(float* dst, float x) {
-    asm volatile("st.global.f32 [%0], %1;" : : "l"(__cvta_generic_to_global(dst)), "f"(x) : "memory");
+    asm volatile("st.global.f32 [%0], %1;"
+                 :
+                 : "l"(__cvta_generic_to_global(dst)), "f"(x)
+                 : "memory");
 }
 
-// ld.global.nc through the intrinsics: the memory is constant while the kernel runs, and the compiler knows it.
+// ld.global.nc through the intrinsics: the memory is constant while the kernel runs, and the
+// compiler knows it.
 FMHA_DEVICE int32_t ld_global_s32(const int32_t* src) { return __ldg(src); }
 FMHA_DEVICE float ld_global_f32(const float* src) { return __ldg(src); }
 
