@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels exist and with which tile. The only file that says so; re-tuning is an edit of the table below."""
+"""Which kernels exist and with which tile. The only file that says so: re-tune in its table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ _TILE = re.compile(r"(\d+)x(\d+) w(\d+) s(\d+) c(\d+)( q)?")
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: query rows and keys of a step, warps of a CTA, K/V stages in shared memory.
+    """How a kernel is cut: query rows and keys of a step, warps of a CTA, K/V stages in shared
+    memory.
 
-    ``ctas_per_sm`` is the second number of ``__launch_bounds__``; ``q_in_regs`` keeps Q's fragments in registers.
+    ``ctas_per_sm`` is the second number of ``__launch_bounds__``; ``q_in_regs`` keeps Q's fragments
+    in registers.
     """
 
     block_m: int
@@ -46,19 +48,20 @@ class Tile:
         found = _TILE.fullmatch(text)
         if found is None:
             raise InputError(
-                f"{text!r} is not a tile; the form is 'BLOCK_MxBLOCK_N wWARPS sSTAGES cCTAS_PER_SM[ q]', "
-                "for example '128x64 w4 s2 c2'"
+                f"{text!r} is not a tile; the form is "
+                "'BLOCK_MxBLOCK_N wWARPS sSTAGES cCTAS_PER_SM[ q]', for example '128x64 w4 s2 c2'"
             )
         m, n, warps, stages, ctas = (int(number) for number in found.groups()[:5])
         if warps < 1 or ctas < 1 or stages < 2 or m < 1 or n < 1 or m % (16 * warps) or n % 16:
             raise InputError(
-                f"tile {text!r} cannot be built: block_m must be a multiple of 16 * warps, block_n of 16, "
-                "with at least 2 stages and 1 CTA per SM"
+                f"tile {text!r} cannot be built: block_m must be a multiple of 16 * warps, "
+                "block_n of 16, with at least 2 stages and 1 CTA per SM"
             )
         return cls(m, n, warps, stages, ctas, found[6] is not None)
 
 
-# One line a head-dim pair: sm80 (163 KiB of shared memory), sm90 (227 KiB), and sm86, sm89, sm120 (99 KiB).
+# One line a head-dim pair: sm80 (163 KiB of shared memory), sm90 (227 KiB), and sm86, sm89, sm120
+# (99 KiB).
 _COLUMN = {Arch.SM80: 0, Arch.SM90: 1, Arch.SM86: 2, Arch.SM89: 2, Arch.SM120: 2}
 _TILES: dict[tuple[int, int], tuple[str, str, str]] = {
     (32, 32): ("128x64 w4 s2 c2", "128x64 w4 s2 c2", "128x64 w4 s2 c1"),
@@ -113,7 +116,8 @@ def tile(spec: KernelSpec) -> Tile:
     """
     if not exists(spec):
         raise UnsupportedProblem(
-            f"the catalogue has no kernel {spec.name}; `fmha list` shows the {len(enumerate_specs())} that it has",
+            f"the catalogue has no kernel {spec.name}; "
+            f"`fmha list` shows the {len(enumerate_specs())} that it has",
             problem=spec,
         )
     chosen = Tile.parse(_TILES[spec.head_dim, spec.head_dim_v][_COLUMN[spec.arch]])
@@ -122,9 +126,11 @@ def tile(spec: KernelSpec) -> Tile:
 
 
 def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
-    """Dynamic shared memory of one CTA in bytes; the kernel asserts the same number (FwdTraits::kSmemBytes).
+    """Dynamic shared memory of one CTA in bytes; the kernel asserts the same number
+    (FwdTraits::kSmemBytes).
 
-    Q and the K stages are as deep as the instruction wants (a multiple of 16), V is exact; O reuses Q's rows.
+    Q and the K stages are as deep as the instruction wants (a multiple of 16), V is exact; O reuses
+    Q's rows.
 
     Raises:
         InputError: more than one CTA may use on this arch.
@@ -134,8 +140,9 @@ def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     need = spec.dtype.itemsize * elements
     if need > spec.arch.smem_limit:
         raise InputError(
-            f"tile {tile} of {spec.name} needs {need} bytes of shared memory and {spec.arch.value} allows "
-            f"{spec.arch.smem_limit} per CTA; use fewer rows, keys or stages"
+            f"tile {tile} of {spec.name} needs {need} bytes of shared memory and "
+            f"{spec.arch.value} allows {spec.arch.smem_limit} per CTA; "
+            "use fewer rows, keys or stages"
         )
     return need
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from .errors import InputError
 
-_BYTES_PER_JOB = 2 << 30  # nvcc's device compiler peaks near 1 GiB on a large kernel; the rest is headroom
+_BYTES_PER_JOB = (
+    2 << 30
+)  # nvcc's device compiler peaks near 1 GiB on a large kernel; the rest is headroom
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def _folder(text: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder of the kernels built on this machine (FMHA_CACHE_DIR, else the XDG rule). It may not exist yet."""
+    """Folder of the kernels built on this machine (FMHA_CACHE_DIR, else the XDG rule). It may not
+    exist yet.
+    """
     own = _get("FMHA_CACHE_DIR")
     if own:
         return _folder(own)
@@ -123,7 +127,9 @@ def emulator_threads() -> int:
     if text is None:
         return len(os.sched_getaffinity(0))
     if not text.isdigit() or int(text) < 1:
-        raise InputError(f"FMHA_EMULATOR_THREADS={text!r} is not a number of threads; set it to 1 or more")
+        raise InputError(
+            f"FMHA_EMULATOR_THREADS={text!r} is not a number of threads; set it to 1 or more"
+        )
     return int(text)
 
 
@@ -133,7 +139,9 @@ def debug() -> bool:
 
 
 def tool_environment() -> dict[str, str]:
-    """The environment for compilers: the present one without the variables that would change nvcc's flags unseen."""
+    """The environment for compilers: the present one without the variables that would change nvcc's
+    flags unseen.
+    """
     unseen = {"NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"}
     return {name: value for name, value in os.environ.items() if name not in unseen}
 
@@ -145,7 +153,8 @@ def which(program: str) -> Path | None:
 
 
 def _data(name: str) -> Path:
-    # An installed wheel carries the two folders as package data; in a checkout they lie beside the package.
+    # An installed wheel carries the two folders as package data; in a checkout they lie beside the
+    # package.
     package = Path(__file__).resolve().parent
     installed = package / "_data" / name
     return installed if installed.is_dir() else package.parent / name
@@ -157,5 +166,7 @@ def kernel_src() -> Path:
 
 
 def package_root() -> Path:
-    """The folder of ``manifest.json`` and ``verified.json`` (and of ``ARCH/*.cubin`` where cubins are shipped)."""
+    """The folder of ``manifest.json`` and ``verified.json`` (and of ``ARCH/*.cubin`` where cubins
+    are shipped).
+    """
     return _data("cubins")

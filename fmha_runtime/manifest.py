@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metadata table: what was built, from what, and whether it may still be used.
 
-Two layouts of a root. A *packaged* root has one ``manifest.json`` (schema number, one row per line, sorted by name)
-and ``ARCH/NAME.cubin``; the committed ``cubins/manifest.json`` works as a lock file even where no cubin lies beside
-it. A *cache* root has one folder per build, ``NAME-KEY/{NAME.cubin,row.json}``, so that processes never share a file.
+Two layouts of a root. A *packaged* root has one ``manifest.json`` (schema number, one row per line,
+sorted by name) and ``ARCH/NAME.cubin``; the committed ``cubins/manifest.json`` works as a lock file
+even where no cubin lies beside it. A *cache* root has one folder per build,
+``NAME-KEY/{NAME.cubin,row.json}``, so that processes never share a file.
 
 Nothing here runs a compiler or opens a GPU.
 """
@@ -34,8 +35,9 @@ _TEXTS = ("sha256", "source_hash", "nvcc", "flags")
 class KernelRow:
     """One cubin: the kernel, how it was cut and built, and how to recognise it.
 
-    Sizes are bytes; ``spill_bytes`` is stores plus loads; ``nvcc`` its version. ``path`` is None when the row's cubin is
-    not there; ``root`` says which of FMHA_CUBIN_DIR, cache and package the row is from.
+    Sizes are bytes; ``spill_bytes`` is stores plus loads; ``nvcc`` its version. ``path`` is None
+    when the row's cubin is not there; ``root`` says which of FMHA_CUBIN_DIR, cache and package the
+    row is from.
     """
 
     spec: KernelSpec
@@ -85,7 +87,9 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class State:
-    """What a kernel's cubin is: ``ready``, ``stale``, ``not built`` or ``broken``, why, and the row if there is one."""
+    """What a kernel's cubin is: ``ready``, ``stale``, ``not built`` or ``broken``, why, and the row
+    if there is one.
+    """
 
     word: str
     reason: str
@@ -109,7 +113,8 @@ def rows() -> tuple[list[KernelRow], list[ArtifactError]]:
 
 
 def find(spec: KernelSpec) -> KernelRow | None:
-    """The first row of the search order that is current and whose cubin is there; None when nothing was built.
+    """The first row of the search order that is current and whose cubin is there; None when nothing
+    was built.
 
     Raises:
         ArtifactError: no row serves, and one that might have is broken.
@@ -121,7 +126,9 @@ def find(spec: KernelSpec) -> KernelRow | None:
 
 
 def state(spec: KernelSpec) -> State:
-    """What the cubin of one kernel is. Looks only at this kernel's entries; reads no cubin (see load_image)."""
+    """What the cubin of one kernel is. Looks only at this kernel's entries; reads no cubin (see
+    load_image).
+    """
     found: list[KernelRow] = []
     broken: list[ArtifactError] = []
     for label, root in roots():
@@ -140,7 +147,9 @@ def states(specs: Sequence[KernelSpec]) -> list[State]:
         if header not in present:
             present[header] = sources.source_hash(spec)
         mine = [row for row in found if row.spec == spec]
-        concerns = [e for e in broken if not _entry_name(e.path) or _entry_name(e.path) == spec.name]
+        concerns = [
+            e for e in broken if not _entry_name(e.path) or _entry_name(e.path) == spec.name
+        ]
         result.append(_judge(spec, mine, concerns, _Present(abi, present[header])))
     return result
 
@@ -152,7 +161,9 @@ def locked(spec: KernelSpec) -> KernelRow | None:
 
 
 def why_stale(row: KernelRow) -> str:
-    """What makes a row unusable with the present catalogue and sources; empty when it is current."""
+    """What makes a row unusable with the present catalogue and sources; empty when it is
+    current.
+    """
     return _Present.of(row.spec).objection(row)
 
 
@@ -167,12 +178,15 @@ def load_image(row: KernelRow) -> bytes:
     try:
         image = row.path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"cannot read {row.path} ({error.strerror}); {_remedy(row.spec)}", path=row.path) from None
+        raise ArtifactError(
+            f"cannot read {row.path} ({error.strerror}); {_remedy(row.spec)}", path=row.path
+        ) from None
     found = hashlib.sha256(image).hexdigest()
     if found != row.sha256:
         raise ArtifactError(
-            f"{row.path} is not the cubin that was built: SHA-256 is {found} ({len(image)} bytes), the manifest says "
-            f"{row.sha256} ({row.size} bytes); {_remedy(row.spec)}",
+            f"{row.path} is not the cubin that was built: SHA-256 is {found} "
+            f"({len(image)} bytes), the manifest says {row.sha256} "
+            f"({row.size} bytes); {_remedy(row.spec)}",
             path=row.path,
             expected=row.sha256,
             found=found,
@@ -196,11 +210,15 @@ def read_manifest(root: Path, label: str = "") -> list[KernelRow]:
     result = [KernelRow.from_json(item, path) for item in items]
     if len({row.spec for row in result}) != len(result):
         raise _broken(path, "a kernel has two rows")
-    return [_placed(row, label, root / row.spec.arch.value / f"{row.spec.name}.cubin") for row in result]
+    return [
+        _placed(row, label, root / row.spec.arch.value / f"{row.spec.name}.cubin") for row in result
+    ]
 
 
 def manifest_text(rows: Iterable[KernelRow]) -> str:
-    """``manifest.json``: one row per line, sorted by name, so that a diff after re-tuning reads as a table."""
+    """``manifest.json``: one row per line, sorted by name, so that a diff after re-tuning reads as
+    a table.
+    """
     lines = [json.dumps(row.to_json()) for row in sorted(rows, key=lambda row: row.spec.name)]
     return f'{{"schema": {SCHEMA}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
@@ -245,34 +263,34 @@ class _Present:
         if row.tile != tile:
             return f"built with tile {row.tile}, the catalogue says {tile}"
         if row.source_hash != self.source_hash:
-            return f"built from sources {row.source_hash[:12]}, present ones are {self.source_hash[:12]}"
+            was, now = row.source_hash[:12], self.source_hash[:12]
+            return f"built from sources {was}, present ones are {now}"
         if row.flags != " ".join(sources.flags(row.spec.arch)):
             return "built with other compiler flags"
         return ""
 
 
-def _judge(spec: KernelSpec, found: list[KernelRow], broken: list[ArtifactError], present: _Present) -> State:
-    reasons: list[tuple[str, str, KernelRow | None]] = []
+def _judge(
+    spec: KernelSpec, found: list[KernelRow], broken: list[ArtifactError], present: _Present
+) -> State:
+    poor: list[State] = []
     for row in found:
         objection = present.objection(row)
-        if objection:
-            reasons.append(("stale", f"{objection}; {_remedy(spec)}", row))
-        elif row.path is None:
-            reasons.append(("not built", f"locked by the {row.root} manifest, cubin absent; {_remedy(spec)}", row))
-        elif row.path.stat().st_size != row.size:
-            size = row.path.stat().st_size
+        if row.path is None:
+            # A lock entry, perhaps an outdated one; nothing stale could be loaded.
+            reason = f"locked by the {row.root} manifest, cubin absent; {_remedy(spec)}"
+            poor.append(State("not built", reason, row))
+        elif objection:
+            poor.append(State("stale", f"{objection}; {_remedy(spec)}", row))
+        elif (size := row.path.stat().st_size) != row.size:
             reason = f"{row.path} has {size} bytes, its row says {row.size}; {_remedy(spec)}"
-            reasons.append(("broken", reason, row))
+            poor.append(State("broken", reason, row))
         else:
             return State("ready", f"from {row.root}", row)
-    reasons += [("broken", str(error), None) for error in broken]
-    # The most alarming reason first: a broken file must not hide behind a row that merely is not built.
-    for word in ("broken", "stale", "not built"):
-        for reason in reasons:
-            # A manifest row without its cubin is a lock entry: it may be outdated, but nothing stale could be loaded.
-            if reason[0] == word and not (word == "stale" and reason[2] is not None and reason[2].path is None):
-                return State(*reason)
-    return State("not built", _remedy(spec).capitalize())
+    poor += [State("broken", str(error)) for error in broken]
+    poor.append(State("not built", _remedy(spec)))
+    # What needs attention first: a damaged file must not hide behind a row that is merely old.
+    return min(poor, key=lambda state: ("broken", "stale", "not built").index(state.word))
 
 
 def _remedy(spec: KernelSpec) -> str:
@@ -280,7 +298,11 @@ def _remedy(spec: KernelSpec) -> str:
 
 
 def _broken(path: Path, what: str) -> ArtifactError:
-    remedy = "restore it from the release" if path.name == MANIFEST else f"remove {path.parent} and build again"
+    remedy = (
+        "restore it from the release"
+        if path.name == MANIFEST
+        else f"remove {path.parent} and build again"
+    )
     return ArtifactError(f"{path} is not usable: {what}; {remedy}", path=path)
 
 
@@ -297,7 +319,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise _broken(path, "it is not a JSON object")
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{path} has schema {data.get('schema')!r}, this version of fmha-runtime reads schema {SCHEMA}; "
+            f"{path} has schema {data.get('schema')!r}, "
+            f"this version of fmha-runtime reads schema {SCHEMA}; "
             "use the version that wrote it, or remove the file and build again",
             path=path,
             expected=SCHEMA,
@@ -315,16 +338,23 @@ def _entry_name(path: Path) -> str:
     return "" if path.name != ROW else path.parent.name.rpartition("-")[0]
 
 
-def _scan(label: str, root: Path, spec: KernelSpec | None = None) -> Iterator[KernelRow | ArtifactError]:
-    """Rows of one root, of one kernel or of all; a root may have both layouts. Errors are handed out, not raised."""
+def _scan(
+    label: str, root: Path, spec: KernelSpec | None = None
+) -> Iterator[KernelRow | ArtifactError]:
+    """Rows of one root, of one kernel or of all; a root may have both layouts. Errors are handed
+    out, not raised.
+    """
     if label == "FMHA_CUBIN_DIR" and not root.is_dir():
-        yield ArtifactError(f"FMHA_CUBIN_DIR={root} is not a folder; correct or unset it", path=root)
+        yield ArtifactError(
+            f"FMHA_CUBIN_DIR={root} is not a folder; correct or unset it", path=root
+        )
         return
     try:
         yield from (row for row in read_manifest(root, label) if spec in (None, row.spec))
     except ArtifactError as error:
         yield error
-    # Newest compiler first where one kernel was built by several; dotted folders are builds in progress.
+    # Newest compiler first where one kernel was built by several; dotted folders are builds in
+    # progress.
     entries: list[KernelRow] = []
     for folder in sorted(root.glob(f"{spec.name if spec else 'fmha_*'}-*/")):
         try:
@@ -338,7 +368,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def _collect(items: Iterable[KernelRow | ArtifactError], rows: list[KernelRow], errors: list[ArtifactError]) -> None:
+def _collect(
+    items: Iterable[KernelRow | ArtifactError], rows: list[KernelRow], errors: list[ArtifactError]
+) -> None:
     for item in items:
         if isinstance(item, ArtifactError):
             errors.append(item)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA source of a kernel: its translation unit, the headers it reaches, their hash, the flags it is built with.
+"""The CUDA source of a kernel: its translation unit, the headers it reaches, their hash, the flags
+it is built with.
 
 Text only; build.py and emulator.py run compilers on it.
 """
@@ -36,18 +37,22 @@ def header(spec: KernelSpec) -> str:
 def render(spec: KernelSpec, tile: Tile) -> str:
     """The translation unit of a kernel: the same text for nvcc and for the emulator's g++."""
     flag = "true" if tile.q_in_regs else "false"
+    family = _FAMILY[spec.op]
     numbers = (spec.head_dim, spec.head_dim_v, tile.block_m, tile.block_n, tile.warps, tile.stages)
     traits = ", ".join([_ELEMENT[spec.dtype], *map(str, numbers), flag])
     return f"""#include "{header(spec)}"
 using Traits = fmha::FwdTraits<{traits}>;
 static_assert(Traits::kSmemBytes == {catalog.smem_bytes(spec, tile)}, \
 "catalog.py and traits.cuh must agree on shared memory");
-FMHA_KERNEL({spec.name}, fmha::FwdParams, {tile.threads}, {tile.ctas_per_sm}) {{ fmha::{_FAMILY[spec.op]}<Traits>(params); }}
+FMHA_KERNEL({spec.name}, fmha::FwdParams, {tile.threads}, {tile.ctas_per_sm}) {{ \
+fmha::{family}<Traits>(params); }}
 """
 
 
 def flags(arch: Arch) -> tuple[str, ...]:
-    """nvcc's flags for a cubin of this arch. Part of a kernel's identity: another set makes its cubins stale."""
+    """nvcc's flags for a cubin of this arch. Part of a kernel's identity: another set makes its
+    cubins stale.
+    """
     number = arch.value[2:]
     return (*_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}")
 
@@ -74,7 +79,8 @@ def include_closure(header: str) -> list[Path]:
             continue
         if not path.is_file():
             raise ArtifactError(
-                f"kernel source {path} is missing; reinstall fmha-runtime or restore the checkout", path=path
+                f"kernel source {path} is missing; reinstall fmha-runtime or restore the checkout",
+                path=path,
             )
         found.add(path)
         for match in filter(None, map(_INCLUDE.match, path.read_text().splitlines())):
@@ -85,15 +91,18 @@ def include_closure(header: str) -> list[Path]:
                 todo.append(root / angled)
             elif angled not in _SYSTEM:
                 raise ArtifactError(
-                    f"{path} includes {angled or 'a computed name'}, which the source hash cannot follow; "
-                    f'use "file" for headers of this folder, <ptx/file> for wrappers, or {sorted(_SYSTEM)}',
+                    f"{path} includes {angled or 'a computed name'}, which the source hash cannot "
+                    'follow; use "file" for headers of this folder, <ptx/file> for wrappers, or '
+                    f"{sorted(_SYSTEM)}",
                     path=path,
                 )
     return sorted(found)
 
 
 def source_hash(spec: KernelSpec) -> str:
-    """SHA-256 (hex) of the headers a kernel is made of: relative paths and contents, never mtimes or tiles."""
+    """SHA-256 (hex) of the headers a kernel is made of: relative paths and contents, never mtimes
+    or tiles.
+    """
     root = _root()
     digest = hashlib.sha256()
     for path in include_closure(header(spec)):
