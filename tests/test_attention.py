@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public calls on the emulator: same dispatch, same parameter block, numbers against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fmha_runtime as fmha  # noqa: E402
+from fmha_runtime import reference  # noqa: E402
+
+
+def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv or d))
+    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
+
+
+def close(out, ref, dtype):
+    limit = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    return ((out.double() - ref).norm() / ref.norm()).item() < limit
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window": (20, 3)},
+        {"window": (None, 0)},
+        {"window": [-1, 7]},
+        {"causal": True, "window": (33, None)},
+        {"scale": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sq,sk", [(70, 131), (131, 70)])
+def test_dense(options, sq, sk):
+    q, k, v = qkv(2, sq, sk, 4, 2, 64)
+    out, lse = fmha.attention(q, k, v, return_lse=True, device="emulator", **options)
+    ref, ref_lse = reference.attention(q, k, v, **options)
+    assert close(out, ref, q.dtype)
+    assert torch.equal(lse.isinf(), ref_lse.isinf())
+    assert (lse.double() - ref_lse).nan_to_num(0).abs().max() < 1e-3
+    assert (out.transpose(1, 2)[ref_lse.isinf()] == 0).all()
+
+
+@pytest.mark.parametrize("d,dv", [(40, 40), (104, 104), (192, 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_head_dims(d, dv, dtype):
+    q, k, v = qkv(1, 67, 90, 2, 1, d, dv, dtype)
+    out = fmha.attention(q, k, v, causal=True, device="emulator")
+    assert out.shape == (1, 67, 2, dv)
+    assert close(out, reference.attention(q, k, v, causal=True)[0], dtype)
+
+
+def test_varlen_with_empty_sequences():
+    lens_q, lens_k = [5, 0, 70, 3], [9, 4, 0, 130]
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lens_q, lens_k))
+    q, k, v = (t[0] for t in qkv(1, sum(lens_q), sum(lens_k), 4, 2, 32))
+    v = torch.randn(sum(lens_k), 2, 32).to(q.dtype)
+    out, lse = fmha.attention_varlen(
+        q, k, v, cu_q, cu_k, 80, 130, causal=True, return_lse=True, device="emulator"
+    )
+    ref, ref_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, causal=True)
+    assert lse.shape == (4, sum(lens_q))
+    assert close(out, ref, q.dtype)
+    assert (out[5:75] == 0).all() and lse[:, 5:75].isneginf().all()
+    assert (lse.double() - ref_lse).nan_to_num(0).abs().max() < 1e-3
+
+
+def test_seqused_hides_poisoned_padding():
+    q, k, v = qkv(3, 40, 150, 2, 2, 48)
+    used = torch.tensor([150, 37, 0], dtype=torch.int32)
+    ref, _ = reference.attention(q, k, v, seqused_k=used)
+    for b, n in enumerate(used.tolist()):
+        k[b, n:] = v[b, n:] = float("nan")
+    out = fmha.attention(q, k, v, seqused_k=used, device="emulator")
+    assert close(out, ref, q.dtype)
+    assert (out[2] == 0).all()
+
+
+def test_strided_views_need_no_copy():
+    packed = torch.randn(2, 60, 3, 4, 64).half()
+    q, k, v = packed.unbind(2)
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    plain = fmha.attention(*(t.contiguous() for t in (q, k, v)), device="emulator")
+    assert torch.equal(fmha.attention(q, k, v, device="emulator"), plain)
+    assert torch.equal(fmha.attention(*heads_first, device="emulator"), plain)
+
+
+def test_out_is_written_in_place():
+    q, k, v = qkv(1, 33, 33, 2, 2, 64)
+    room = torch.full((1, 33, 2, 128), float("nan"), dtype=q.dtype)
+    out = room[..., :64]
+    assert fmha.attention(q, k, v, out=out, device="emulator") is out
+    assert torch.equal(out, fmha.attention(q, k, v, device="emulator"))
+    assert room[..., 64:].isnan().all()
+
+
+def test_plan_runs_like_the_call_and_refuses_other_geometry():
+    q, k, v = qkv(1, 50, 50, 2, 1, 64)
+    plan = fmha.plan(q, k, v, causal=True, device="emulator")
+    want = fmha.attention(q, k, v, causal=True, return_lse=True, device="emulator")
+    for got, ref in zip(plan.run(q, k, v, return_lse=True), want, strict=True):
+        assert torch.equal(got, ref)
+    with pytest.raises(fmha.InputError, match="this plan was made for"):
+        plan.run(q[:, :49], k, v)
+
+
+def test_plans_are_cached_by_geometry_and_options():
+    from fmha_runtime import api
+
+    q, k, v = qkv(1, 20, 20, 1, 1, 64)
+    fmha.attention(q, k, v, device="emulator")
+    before = len(api._plans)
+    fmha.attention(q.clone(), k.clone(), v.clone(), device="emulator")
+    assert len(api._plans) == before
+    fmha.attention(q, k, v, causal=True, device="emulator")
+    assert len(api._plans) == before + 1
+
+
+def test_cpu_tensors_take_the_reference_with_the_same_semantics():
+    q, k, v = qkv(2, 33, 50, 4, 2, 64)
+    for options in ({}, {"causal": True}, {"window": (5, 2)}):
+        ours = fmha.attention(q, k, v, return_lse=True, device="emulator", **options)
+        cpu = fmha.attention(q, k, v, return_lse=True, **options)
+        assert cpu[0].dtype is q.dtype and cpu[1].dtype is torch.float32
+        assert (ours[0].float() - cpu[0].float()).abs().max() < 2e-2
+        assert (ours[1] - cpu[1]).abs().max() < 1e-3
+
+
+def test_merge_states_of_a_split_is_the_whole():
+    q, k, v = qkv(2, 17, 96, 4, 2, 64, dtype=torch.float16)
+    whole, lse = fmha.attention(q, k, v, return_lse=True, device="emulator")
+    cuts = [slice(0, 10), slice(10, 96)]
+    parts = [
+        fmha.attention(q, k[:, c], v[:, c], return_lse=True, device="emulator") for c in cuts
+    ]
+    out, merged = fmha.merge_states([p[0] for p in parts], [p[1] for p in parts])
+    assert (out.float() - whole.float()).abs().max() < 2e-3
+    assert (merged - lse).abs().max() < 1e-4
+
+
+def test_merge_states_of_empty_rows_stays_empty():
+    out, lse = torch.zeros(1, 2, 1, 8), torch.full((1, 1, 2), -torch.inf)
+    merged, total = fmha.merge_states([out, out], [lse, lse])
+    assert (merged == 0).all() and total.isneginf().all()
+    with pytest.raises(fmha.InputError, match="1 outs and 2 lses"):
+        fmha.merge_states([out], [lse, lse])
+
+
+def test_empty_tensors():
+    q, k, v = qkv(2, 0, 5, 2, 2, 64)
+    assert fmha.attention(q, k, v, device="emulator").shape == (2, 0, 2, 64)
+    q, k, v = qkv(2, 5, 0, 2, 2, 64)
+    out, lse = fmha.attention(q, k, v, return_lse=True, device="emulator")
+    assert (out == 0).all() and lse.isneginf().all()
+
+
+def test_every_option_changes_the_result():
+    q, k, v = qkv(1, 48, 64, 2, 2, 64)
+    base = fmha.attention(q, k, v, device="emulator")
+    used = torch.tensor([40], dtype=torch.int32)
+    for change in ({"causal": True}, {"window": (4, None)}, {"scale": 0.5}, {"seqused_k": used}):
+        assert not torch.equal(fmha.attention(q, k, v, device="emulator", **change), base), change
+
+
+def test_unsupported_runs_in_torch_only_when_asked():
+    q, k, v = qkv(1, 8, 8, 2, 2, 56)
+    with pytest.raises(fmha.UnsupportedProblem, match="56"):
+        fmha.attention(q, k, v, device="emulator")
+    out = fmha.attention(q, k, v, device="emulator", fallback="torch")
+    assert (out.double() - reference.attention(q, k, v)[0]).abs().max() < 2e-2
+
+
+def test_gradients_are_refused_not_detached():
+    q, k, v = qkv(1, 8, 8, 2, 2, 64)
+    q.requires_grad_()
+    with pytest.raises(fmha.UnsupportedProblem, match="no backward"):
+        fmha.attention(q, k, v, device="emulator")
+    with torch.no_grad():
+        fmha.attention(q, k, v, device="emulator")
