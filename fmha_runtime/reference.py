@@ -2,9 +2,9 @@
 """What the kernels must compute, in plain torch: an fp64 reference and a low-precision baseline.
 
 Written to be read next to docs/semantics.md, not to be fast. Every sequence is cut to the keys that
-exist before any arithmetic, so what lies in padding, NaN included, cannot reach a result. Scores are
-formed for a bounded block of query rows at a time. torch is imported at the first call: importing
-this module is free.
+exist before any arithmetic, so what lies in padding, NaN included, cannot reach a result. Scores
+are formed for a bounded block of query rows at a time. torch is imported at the first call:
+importing this module is free.
 """
 
 from __future__ import annotations

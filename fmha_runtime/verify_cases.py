@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases a kernel is verified on: awkward shapes crossed with its features, and their inputs.
+
+Case ids are positions in one fixed list, the same for every kernel, and inputs are seeded by kernel
+name and case id: ``fmha verify --case NAME/7`` replays exactly one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .spec import KernelSpec, KvLayout, Mask, Score
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Band = tuple[bool, "tuple[int | None, int | None] | None"]  # (causal, window)
+
+SHAPES = (
+    *((1, 1), (3, 3), (1, 257), (64, 32), (113, 203), (128, 217), (239, 1), (799, 3)),
+    *((1023, 1024), (1024, 1023)),
+)
+HEADS = ((1, 1), (6, 6), (6, 2), (8, 1), (32, 8))
+BANDS: tuple[Band, ...] = (
+    (False, None),
+    (True, None),
+    (False, (64, None)),
+    (False, (None, 16)),
+    (False, (17, 5)),
+    (False, (0, 0)),
+    (False, (10_000, 10_000)),
+    (True, (127, None)),
+)
+LAYOUTS = ("bshd", "bhsd", "sliced", "packed")
+
+# Warp-wide matrix products that a case may cost on the emulator, at about a million a second.
+EMULATOR_BUDGET = {"full": 600_000, "quick": 60_000}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. Lengths are per sequence; a dense case has the same length in every sequence."""
+
+    id: int
+    lens_q: tuple[int, ...]
+    lens_k: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    varlen: bool = False
+    used_k: tuple[int, ...] | None = None
+    layout: str = "bshd"
+    scale_factor: float = 1.0  # of the default scale
+    qk_size: float = 1.0  # standard deviation of q and k
+    v_size: float = 1.0
+    options: bool = False  # also check that every option changes the output
+    quick: bool = False
+
+    def __str__(self) -> str:
+        if self.varlen:
+            text = f"varlen q={_join(self.lens_q)} k={_join(self.lens_k)}"
+        else:
+            text = f"b={len(self.lens_q)} sq={self.lens_q[0]} sk={self.lens_k[0]}"
+        text += f" h={self.heads}/{self.kv_heads}" + " causal" * self.causal
+        text += "" if self.window is None else f" window={self.window}"
+        text += "" if self.used_k is None else f" seqused_k={_join(self.used_k)}"
+        text += "" if self.scale_factor == 1 else f" scale x{self.scale_factor}"
+        text += "" if self.qk_size == 1 else f" q,k x{self.qk_size}"
+        text += "" if self.v_size == 1 else f" v x{self.v_size}"
+        return f"{text} {self.layout}" + " options" * self.options
+
+    @property
+    def normal(self) -> bool:
+        """Whether the inputs are standard normal, which the relative L2 limits are for."""
+        return self.qk_size == 1 and self.v_size == 1
+
+    def scale(self, spec: KernelSpec) -> float | None:
+        """The scale to ask for; None is the default."""
+        return None if self.scale_factor == 1 else self.scale_factor * spec.head_dim**-0.5
+
+    def products(self, spec: KernelSpec) -> int:
+        """Warp-wide m16n8k16 products, in whole 64x64 tiles and without regard to the mask."""
+        tiles = sum(
+            -(-q // 64) * -(-k // 64) for q, k in zip(self.lens_q, self.lens_k, strict=True)
+        )
+        return self.heads * tiles * 2 * (spec.head_dim + spec.head_dim_v)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case; q, k and v lie in larger buffers whose other elements are NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # max_seqlen_q, max_seqlen_k of varlen
+
+
+def cases(spec: KernelSpec) -> tuple[Case, ...]:
+    """Every case of a kernel, ``cases(spec)[i].id == i``.
+
+    Raises:
+        InputError: no cases are written for kernels with this mask, score or KV layout.
+    """
+    if (spec.mask, spec.score, spec.kv) != (Mask.BAND, Score.PLAIN, KvLayout.CONTIGUOUS):
+        raise InputError(
+            f"there are no verification cases for {spec.name}: only band masks, plain scores and "
+            "contiguous K and V are covered; add its cases to verify_cases.py"
+        )
+    return _cases()
+
+
+@lru_cache(maxsize=1)
+def _cases() -> tuple[Case, ...]:
+    return tuple(Case(id=i, **settings) for i, settings in enumerate(_settings()))
+
+
+def _settings() -> Iterator[dict[str, Any]]:
+    """The list. Append only: ids are part of what people quote."""
+    for i, (sq, sk) in enumerate(SHAPES):
+        for j, (causal, window) in enumerate(BANDS):
+            heads, kv_heads = HEADS[(i + j) % len(HEADS)]
+            batch = 1 if sq > 500 else 1 + (i + j) % 3
+            layout = LAYOUTS[(i + 2 * j) % len(LAYOUTS)]
+            yield {
+                **_dense(batch, sq, sk, heads, kv_heads, causal, window),
+                "layout": "sliced" if layout == "packed" and sq != sk else layout,
+                "scale_factor": (1.0, 1.0, 1.7)[(i + j) % 3],
+                "quick": (i + j) % 4 == 0,
+            }
+    # Fewer keys than the tensor holds, the rest NaN: none at all, fewer than queries, all.
+    for causal, window in BANDS:
+        yield {
+            **_dense(4, 113, 203, 6, 2, causal, window),
+            "used_k": (203, 0, 64, 101),
+            "quick": causal,
+        }
+    yield {**_dense(3, 1, 257, 8, 1), "used_k": (1, 257, 128), "quick": True}
+    yield {**_dense(2, 64, 32, 6, 6, True), "used_k": (17, 32), "layout": "bhsd"}
+    # Packed sequences of any length, none included, on either side.
+    ragged = ((1, 0, 57, 130, 0, 3), (5, 9, 57, 200, 0, 3))
+    alike = ((113, 1, 0, 64, 129), (113, 1, 0, 64, 129))
+    keyless = ((70, 0, 33), (0, 12, 65))
+    for i, (lens_q, lens_k) in enumerate((ragged, alike, keyless)):
+        for j, (causal, window) in enumerate(BANDS):
+            heads, kv_heads = HEADS[(i + j) % 4]
+            yield {
+                **{"lens_q": lens_q, "lens_k": lens_k, "heads": heads, "kv_heads": kv_heads},
+                **{"causal": causal, "window": window, "varlen": True},
+                "used_k": tuple(n - n // 3 for n in lens_k) if j % 2 else None,
+                "layout": "packed" if lens_q == lens_k else ("bshd", "bhsd", "sliced")[j % 3],
+                "quick": (i + j) % 3 == 0,
+            }
+    # Fused QKV projections.
+    for n, heads, kv_heads, causal in ((128, 6, 6, False), (257, 6, 2, True), (65, 8, 1, True)):
+        yield {**_dense(2, n, n, heads, kv_heads, causal), "layout": "packed", "quick": n == 65}
+    # Sizes that make the softmax nearly one-hot, or flat.
+    for qk_size, v_size in ((5.0, 100.0), (0.01, 1.0)):
+        for causal in (False, True):
+            yield {
+                **_dense(1, 128, 217, 6, 2, causal),
+                **{"qk_size": qk_size, "v_size": v_size, "quick": causal},
+            }
+    yield {**_dense(2, 48, 96, 6, 2), "options": True, "quick": True}
+    # As large as real models use them.
+    yield {**_dense(2, 2048, 2048, 32, 8, True), "layout": "packed"}
+    yield _dense(1, 4096, 4096, 8, 1)
+    yield {**_dense(1, 3000, 5001, 6, 2, True, (255, None)), "layout": "sliced"}
+    yield _dense(4, 1, 8191, 32, 8, True)
+    yield _dense(3000, 3, 5, 8, 8, True)
+    yield {
+        **{"lens_q": (1500, 0, 4096, 33, 777), "lens_k": (1500, 0, 4096, 33, 777)},
+        **{"heads": 32, "kv_heads": 8, "causal": True, "varlen": True, "quick": True},
+    }
+
+
+def _dense(
+    batch: int,
+    sq: int,
+    sk: int,
+    heads: int,
+    kv_heads: int,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+) -> dict[str, Any]:
+    return {
+        **{"lens_q": (sq,) * batch, "lens_k": (sk,) * batch, "heads": heads, "kv_heads": kv_heads},
+        **{"causal": causal, "window": window},
+    }
+
+
+def inputs(spec: KernelSpec, case: Case, device: str) -> Inputs:
+    """The tensors of a case on a torch device, the same at every call."""
+    import torch
+
+    digest = hashlib.sha256(f"{spec.name}/{case.id}".encode()).digest()
+    random = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    dtype = torch_dtype(spec)
+    # A packed tensor is one long batch entry, with tokens after its last sequence.
+    batch, rows_q, rows_k = len(case.lens_q), case.lens_q[0], case.lens_k[0]
+    if case.varlen:
+        batch, rows_q, rows_k = 1, sum(case.lens_q) + 7, sum(case.lens_k) + 7
+
+    def normal(rows: int, heads: int, dim: int, size: float) -> Tensor:
+        shape = (batch, rows, heads, dim)
+        return (torch.randn(shape, generator=random, device=device) * size).to(dtype)
+
+    q = normal(rows_q, case.heads, spec.head_dim, case.qk_size)
+    k = normal(rows_k, case.kv_heads, spec.head_dim, case.qk_size)
+    v = normal(rows_k, case.kv_heads, spec.head_dim_v, case.v_size)
+    _poison(case, k)
+    _poison(case, v)
+    if case.layout == "packed":
+        q, k, v = _fused(q, k, v)
+    else:
+        q, k, v = (_place(x, case.layout) for x in (q, k, v))
+    used = None if case.used_k is None else _int32(case.used_k, device)
+    if not case.varlen:
+        return Inputs(q, k, v, seqused_k=used)
+    return Inputs(
+        *(q[0], k[0], v[0], _int32(_offsets(case.lens_q), device)),
+        *(_int32(_offsets(case.lens_k), device), used),
+        extra={"max_seqlen_q": max(case.lens_q), "max_seqlen_k": max(case.lens_k)},
+    )
+
+
+def torch_dtype(spec: KernelSpec) -> torch.dtype:
+    """The torch dtype of q, k and v."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}[spec.dtype.value]
+
+
+def _poison(case: Case, x: Tensor) -> None:
+    """NaN in every row of ``x [batch, rows, heads, dim]`` that no sequence may read."""
+    used = case.used_k or case.lens_k
+    if not case.varlen:
+        for b, n in enumerate(used):
+            x[b, n:] = float("nan")
+        return
+    for begin, length, n in zip(_offsets(case.lens_k), case.lens_k, used, strict=False):
+        x[0, begin + n : begin + length] = float("nan")
+    x[0, sum(case.lens_k) :] = float("nan")
+
+
+def _place(x: Tensor, layout: str) -> Tensor:
+    """A view with the values of ``x [batch, rows, heads, dim]`` in a larger buffer of NaN."""
+    batch, rows, heads, dim = x.shape
+    if layout == "bshd":  # contiguous; NaN only after the end
+        view = x.new_full((x.numel() + 64 * heads * dim,), float("nan"))[: x.numel()].view(x.shape)
+    elif layout == "bhsd":
+        view = x.new_full((batch, heads, rows + 5, dim), float("nan"))[:, :, :rows].transpose(1, 2)
+    else:  # sliced: some heads, some columns, some rows
+        view = x.new_full((batch, rows + 3, heads + 2, dim + 8), float("nan"))
+        view = view[:, :rows, 1 : 1 + heads, :dim]
+    return view.copy_(x)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of one buffer whose rows hold all of q, k and v, as a fused projection leaves them."""
+    import torch
+
+    parts = [x.flatten(2) for x in (q, k, v)]
+    fused = torch.cat(parts, -1)
+    views = fused.split([part.shape[-1] for part in parts], -1)
+    return tuple(view.unflatten(-1, x.shape[2:]) for view, x in zip(views, (q, k, v), strict=True))
+
+
+def _offsets(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sum(lengths[:i]) for i in range(len(lengths) + 1))
+
+
+def _int32(values: tuple[int, ...], device: str) -> Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _join(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))
