@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every wrapper's CPU twin computes what the PTX manual says: layouts, roundings, special values."""
+"""Every wrapper's CPU twin computes what the PTX manual says: layouts, rounding, special values."""
 
 from __future__ import annotations
 

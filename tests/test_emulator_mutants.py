@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator notices when the real kernel loses a barrier, a wait or a bound.
+
+Each mutant is a copy of kernel_src/fmha with one statement changed. A pattern that no longer
+matches exactly once fails its test: then the kernel moved on and the mutant must follow.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fmha_runtime import catalog, config, emulator, launch, sources
+from fmha_runtime.emulator import Order
+from fmha_runtime.errors import EmulatorFault
+from fmha_runtime.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file, and the fault that it must cause; an empty one: a wrong result."""
+
+    file: str
+    pattern: str
+    replacement: str
+    fault: str
+    spec: str = "fmha_fwd_sm90_bf16_d64"
+
+
+LOOP_TOP = r"(n_block >= range\.begin; --n_block\) \{\s*)"
+WAIT = r"(cp_async_wait<Traits::kStages - 2>\(\);\s*)"
+
+MUTANTS = {
+    "main loop without its wait": Mutant(
+        "fwd_sm80.cuh", LOOP_TOP + WAIT, r"\1", "while a cp_async_16 .* in flight"
+    ),
+    "main loop waits for one group too few": Mutant(
+        "fwd_sm80.cuh",
+        LOOP_TOP + WAIT,
+        r"\1cp_async_wait<Traits::kStages - 1>(); ",
+        "while a cp_async_16 .* in flight",
+    ),
+    "main loop without its barrier": Mutant(
+        "fwd_sm80.cuh",
+        LOOP_TOP + WAIT + r"sync_cta\(\);",
+        r"\1\2",
+        "race|in flight|nobody has written",
+    ),
+    "copies never committed": Mutant(
+        "fwd_sm80.cuh", r"\bcp_async_commit\(\);", "", "while a cp_async_16 .* in flight"
+    ),
+    "next tile lands on the one being read": Mutant(
+        "fwd_sm80.cuh",
+        r"const int free_stage = [^;]*;",
+        "const int free_stage = stage;",
+        "race|in flight",
+    ),
+    "rows behind the sequence are read": Mutant(
+        "tile_copy.cuh",
+        r"\bdone < rows_left\b",
+        "true",
+        "cp_async_16: reads 16 bytes at byte offset",
+    ),
+    "surplus of the head dim is not zeroed": Mutant(
+        "tile_copy.cuh",
+        r"for \(int row = thread; row < rows;",
+        "for (int row = rows; row < rows;",
+        "nobody has written",
+        "fmha_fwd_sm90_bf16_d72",
+    ),
+    "rows behind the sequence are stored": Mutant(
+        "epilogue.cuh", r"warp_row \+ row < q_len", "true", "st_global_v4: stores 16 bytes at byte"
+    ),
+    "log-sum-exp behind the sequence is stored": Mutant(
+        "epilogue.cuh", r" && row < q_len\b", "", "st_global_f32: stores 4 bytes at byte offset"
+    ),
+    "O overwrites Q while others read it": Mutant(
+        "epilogue.cuh", r"sync_warp\(\);(?=\s*//)", "", "st_shared_u32: race"
+    ),
+    "O is read before it is written": Mutant(
+        "epilogue.cuh", r"sync_warp\(\);(?!\s*//)", "", "ld_shared_v4: race|st_shared_u32: race"
+    ),
+    "K is read where V lies": Mutant(
+        "fwd_sm80.cuh", r"address\.k \+ stage_offset", "address.v + stage_offset", ""
+    ),
+}
+
+
+def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two query tiles, four KV tiles, neither full."""
+    generator = torch.Generator().manual_seed(0)
+    dim = spec.head_dim
+    q, k, v = (
+        torch.randn(1, rows, 1, dim, generator=generator).to(torch.bfloat16)
+        for rows in (130, 200, 200)
+    )
+    out, lse = launch.run(kernel, spec, q, k, v, causal=True, return_lse=True)
+    return out, lse
+
+
+def mutate(mutant: Mutant, folder: Path) -> None:
+    shutil.copytree(config.kernel_src() / "fmha", folder)
+    text = (folder / mutant.file).read_text()
+    changed, count = re.subn(mutant.pattern, mutant.replacement, text)
+    assert count == 1, f"{mutant.pattern!r} matches {count} times in {mutant.file}, not once"
+    (folder / mutant.file).write_text(changed)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    mutant = MUTANTS[name]
+    spec = KernelSpec.parse(mutant.spec)
+    mutate(mutant, tmp_path / "fmha")
+    text = sources.render(spec, catalog.tile(spec))
+    kernel = emulator.load_source(text, spec.name, [tmp_path / "fmha"])
+    for kernel.order in Order:
+        if mutant.fault:
+            with pytest.raises(EmulatorFault, match=mutant.fault) as caught:
+                outputs(kernel, spec)
+            assert spec.name in str(caught.value)
+        else:
+            good, bad = outputs(emulator.load(spec), spec)[0], outputs(kernel, spec)[0]
+            assert not torch.allclose(good.float(), bad.float(), atol=0.1)
+
+
+@pytest.mark.parametrize("name", sorted({mutant.spec for mutant in MUTANTS.values()}))
+def test_the_real_kernel_is_clean_and_the_same_in_every_order(name: str) -> None:
+    spec = KernelSpec.parse(name)
+    kernel = emulator.load(spec)
+    results = []
+    for kernel.order in Order:
+        results.append(outputs(kernel, spec))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
