@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# The habits of this project. Every target makes what it needs: `make test` and `make demo` are all the set-up there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+
+# torch: on a machine without a GPU the plain package brings gigabytes of CUDA libraries; this version has a CPU build.
+HAS_GPU := $(shell command -v nvidia-smi)
+TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
+# nvcc: the one of this machine, or the one from the package index.
+HAS_NVCC := $(or $(FMHA_NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+comma := ,
+EXTRAS := demo,bench,test$(if $(HAS_NVCC),,$(comma)build)
+
+.PHONY: demo test lint format gpu-test gpu-verify bench kernels clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m fmha_runtime.demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu" tests
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh')
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh')
+
+# The packaged cubins and their manifest; the manifest is committed, the cubins are not.
+kernels: $(VENV)/ready
+	$(BIN)/fmha build --into cubins
+
+gpu-test: $(VENV)/ready
+	$(BIN)/fmha build --arch sm90 --arch sm80
+	$(BIN)/python -m pytest -m gpu tests
+
+gpu-verify: $(VENV)/ready
+	$(BIN)/fmha build --arch sm90
+	$(BIN)/fmha verify --arch sm90 --device cuda --record
+	$(BIN)/fmha verify --arch sm80 --device cuda --via ptx --record
+
+bench: $(VENV)/ready
+	$(BIN)/fmha build --arch sm90
+	$(BIN)/fmha bench
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its own name: the extras then find their requirement met by the build that was chosen.
+$(VENV)/ready: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/lint: pyproject.toml $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find cubins -name '*.cubin' -delete
