@@ -111,7 +111,9 @@ class Kernel:
         Raises:
             EmulatorFault: the kernel did something that a GPU would not forgive.
         """
-        table = (_Buffer * max(1, len(buffers)))(*((at, size, bool(w)) for at, size, w in buffers))
+        table = (_Buffer * max(1, len(buffers)))()
+        for row, (address, size, writable) in zip(table, buffers, strict=False):
+            row.address, row.bytes, row.writable = address, size, writable
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         request = _Request(
             params=params,
