@@ -215,7 +215,7 @@ def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:
     folder = publish.scratch(config.cache_dir())
     try:
         (folder / f"{spec.name}.cu").write_text(sources.render(spec, tile))
-        command = _command(nvcc, cxx, (*flags, "-ptx"), spec, "ptx")
+        command = command_line(nvcc, cxx, (*flags, "-ptx"), spec, "ptx")
         done = _run(command, folder)
         if done.returncode:
             raise _failure(spec, "nvcc -ptx failed", command, done.stdout)
@@ -271,7 +271,7 @@ class _Job:
             return replace(result, error=error)
         start = time.perf_counter()
         name, flags = self.spec.name, sources.flags(self.spec.arch)
-        command = _command(self.nvcc, self.cxx, (*flags, "-cubin"), self.spec, "cubin")
+        command = command_line(self.nvcc, self.cxx, (*flags, "-cubin"), self.spec, "cubin")
         self.folder.mkdir()
         (self.folder / f"{name}.cu").write_text(sources.render(self.spec, self.tile))
         (self.folder / f"{name}.sh").write_text(shlex.join(command) + "\n")
@@ -321,9 +321,10 @@ class _Job:
             (self.folder / f"{self.spec.name}.{suffix}").unlink()
 
 
-def _command(
+def command_line(
     nvcc: Nvcc, cxx: Path, flags: Sequence[str], spec: KernelSpec, suffix: str
 ) -> list[str]:
+    """What is run for one kernel, in a folder that holds ``NAME.cu``; writes ``NAME.suffix``."""
     # Input and output are named relative to the working folder: no path of this machine is
     # compiled.
     include = config.kernel_src() / "fmha"
