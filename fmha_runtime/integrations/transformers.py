@@ -58,10 +58,11 @@ class BandMask:
 
 
 class Registration:
-    """Undoes ``register()``."""
+    """Undoes ``register()``; ``calls`` counts the attention layers that ran through it."""
 
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo: Callable[[], None] | None = undo
+    def __init__(self) -> None:
+        self.calls = 0
+        self._undo: Callable[[], None] | None = None
 
     def remove(self) -> None:
         """Give the name back to whom it belonged before. A second call does nothing."""
@@ -84,7 +85,10 @@ def register(name: str = "fmha", *, device: str | None = None) -> Registration:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    registration = Registration()
+
     def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        registration.calls += 1
         return _forward(device, module, query, key, value, mask, **kwargs)
 
     entries: tuple[tuple[Any, Callable[..., Any]], ...] = (
@@ -102,7 +106,8 @@ def register(name: str = "fmha", *, device: str | None = None) -> Registration:
             else:
                 interface.register(name, previous)
 
-    return Registration(undo)
+    registration._undo = undo
+    return registration
 
 
 def band_mask(
