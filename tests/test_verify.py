@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification passes a right kernel and catches every kind of wrong one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fmha_runtime import reference, verify, verify_cases
+from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
+from fmha_runtime.spec import KernelSpec
+from fmha_runtime.verify_cases import cases
+from fmha_runtime.verify_check import CaseResult
+
+SPEC = KernelSpec.parse("fmha_fwd_sm80_bf16_d40")
+Kernel = Callable[..., Any]
+
+
+def right(
+    q: Any, k: Any, v: Any, *, out: Any = None, return_lse: bool = False, **options: Any
+) -> Any:
+    """What a kernel does, in float32 and rounded once at the end."""
+    cu_q, cu_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
+    options = {key: x for key, x in options.items() if not key.startswith("max_seqlen")}
+    if out is None:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    if cu_q is None:
+        full, lse = reference.attention(q, k, v, **options, compute_dtype=torch.float32)
+        out.copy_(full)
+    else:
+        full, lse = reference.attention_varlen(
+            q, k, v, cu_q, cu_k, **options, compute_dtype=torch.float32
+        )
+        rows = int(cu_q[-1])  # tokens after the last sequence are not written
+        out[:rows] = full[:rows].to(out.dtype)
+    return (out, lse) if return_lse else out
+
+
+def wrong(change: Callable[[Any, Any], None]) -> Kernel:
+    """The right kernel with something done to its output and LSE."""
+
+    def run(*args: Any, return_lse: bool = False, **options: Any) -> Any:
+        out, lse = right(*args, return_lse=True, **options)
+        change(out, lse)
+        return (out, lse) if return_lse else out
+
+    return run
+
+
+def ignoring(*names: str) -> Kernel:
+    def run(*args: Any, **options: Any) -> Any:
+        return right(*args, **{key: x for key, x in options.items() if key not in names})
+
+    return run
+
+
+def report(kernel: Kernel, spec: KernelSpec = SPEC) -> verify.Report:
+    return verify.verify_kernel(spec, device="emulator", quick=True, runner=kernel)
+
+
+def checks(kernel: Kernel) -> set[str]:
+    return {f.check for result in report(kernel).failed for f in result.failures}
+
+
+@pytest.mark.parametrize("name", ["fmha_fwd_sm80_bf16_d40", "fmha_fwd_sm90_fp16_d192x128"])
+def test_a_right_kernel_passes(name: str) -> None:
+    spec = KernelSpec.parse(name)
+    found = report(right, spec)
+    assert found.ok and not found.failed
+    assert len(found.passed) >= 15
+    assert 0 < found.worst_rel_l2 < 3e-3
+    assert found.worst is not None and 0 < found.worst.ratio < 1
+    assert next(found.lines()).startswith(f"ok    {name}  {len(found.passed)} of ")
+
+
+def test_the_low_precision_baseline_itself_passes_the_max_rule() -> None:
+    case = next(c for c in cases(SPEC) if str(c).startswith("b=2 sq=257 sk=257"))
+
+    def run(q: Any, k: Any, v: Any, *, out: Any = None, return_lse: bool = False, **o: Any) -> Any:
+        options = {key: o[key] for key in ("causal", "window", "scale", "seqused_k")}
+        base, lse = reference.baseline(q, k, v, **options)
+        base = base if out is None else out.copy_(base)
+        return (base, lse) if return_lse else base
+
+    result = verify.check_case(SPEC, case, "cpu", run)
+    assert not {f.check for f in result.failures} & {"output", "canary", "repeat", "empty rows"}
+    assert result.ratio <= 0.5
+
+
+def poke(at: tuple[Any, ...], value: float) -> Callable[[Any, Any], None]:
+    def change(out: Any, lse: Any) -> None:
+        out[at] = value
+
+    return change
+
+
+def overwrite_next_head(out: Any, lse: Any) -> None:
+    if out.untyped_storage().nbytes() > out.numel() * out.element_size():  # a view of something
+        beyond = out.storage_offset() + out.shape[-2] * out.stride(-2)
+        out.as_strided((1,), (1,), beyond)[0] = 0
+
+
+def forget_last_row(out: Any, lse: Any) -> None:
+    if out.ndim == 4 and out.shape[1] > 64:
+        out[:, -1] = math.nan
+
+
+def tiny_where_empty(out: Any, lse: Any) -> None:
+    out[(lse == -math.inf).transpose(-1, -2)] = 1e-30
+
+
+def base_two(out: Any, lse: Any) -> None:
+    lse /= math.log(2)
+
+
+def infinite_the_wrong_way(out: Any, lse: Any) -> None:
+    lse[lse == -math.inf] = math.inf
+
+
+def slightly_off_everywhere(out: Any, lse: Any) -> None:
+    out *= 1 + 2**-7
+
+
+@pytest.mark.parametrize(
+    ("kernel", "caught_by"),
+    [
+        (wrong(poke((0, 0, 0), 9.0)), "output"),
+        (wrong(poke((..., -1, -1), math.nan)), "output"),
+        (wrong(forget_last_row), "output"),
+        (wrong(slightly_off_everywhere), "l2"),
+        (wrong(base_two), "lse"),
+        (wrong(infinite_the_wrong_way), "lse"),
+        (wrong(tiny_where_empty), "empty rows"),
+        (wrong(overwrite_next_head), "canary"),
+        (ignoring("causal"), "output"),
+        (ignoring("window"), "output"),
+        (ignoring("scale"), "output"),
+        (ignoring("seqused_k"), "output"),
+        (ignoring("causal"), "options"),
+        (ignoring("window"), "options"),
+        (ignoring("scale"), "options"),
+        (ignoring("seqused_k"), "options"),
+    ],
+)
+def test_a_wrong_kernel_fails(kernel: Kernel, caught_by: str) -> None:
+    assert caught_by in checks(kernel)
+
+
+def test_a_window_that_is_one_key_short_is_caught() -> None:
+    def run(*args: Any, window: Any = None, **options: Any) -> Any:
+        if window is not None and window[0]:
+            window = (window[0] - 1, window[1])
+        return right(*args, window=window, **options)
+
+    assert "output" in checks(run)
+
+
+def test_a_diagonal_at_the_top_left_is_caught() -> None:
+    def run(q: Any, k: Any, v: Any, *, causal: bool = False, **options: Any) -> Any:
+        if causal and q.ndim == 4 and q.shape[1] < k.shape[1] and options["seqused_k"] is None:
+            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+        return right(q, k, v, causal=causal, **options)
+
+    assert "output" in checks(run)
+
+
+def test_query_heads_on_the_wrong_kv_head_are_caught() -> None:
+    def run(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        shared = q.shape[-2] // k.shape[-2]
+        return right(q, *(x.tile(shared, 1) for x in (k, v)), **options)
+
+    assert "output" in checks(run)
+
+
+def test_a_result_that_changes_between_runs_is_caught() -> None:
+    calls = []
+
+    def change(out: Any, lse: Any) -> None:
+        calls.append(None)
+        if len(calls) % 2:  # by one unit in the last place
+            bits = out.view(torch.int16)
+            bits += 1
+
+    assert "repeat" in checks(wrong(change))
+
+
+def test_an_output_that_is_not_the_one_passed_is_caught() -> None:
+    def run(*args: Any, out: Any = None, **options: Any) -> Any:
+        return right(*args, **options)
+
+    assert checks(run) == {"output"}
+
+
+def test_an_lse_of_the_wrong_form_is_caught() -> None:
+    def run(*args: Any, return_lse: bool = False, **options: Any) -> Any:
+        out, lse = right(*args, return_lse=True, **options)
+        return (out, lse.transpose(-1, -2).double()) if return_lse else out
+
+    assert checks(run) == {"lse"}
+
+
+def test_a_fault_is_the_failure_of_its_case_and_the_next_case_runs() -> None:
+    def run(q: Any, *args: Any, **options: Any) -> Any:
+        if q.ndim == 3:
+            raise EmulatorFault("thread 3 read past the end of k")
+        return right(q, *args, **options)
+
+    found = report(run)
+    assert found.passed and found.failed
+    assert all(r.case.varlen for r in found.failed)
+    text = "\n".join(found.lines())
+    assert "thread 3 read past the end of k" in text
+    assert f"fmha verify --case {SPEC.name}/{found.failed[0].case.id} --device emulator" in text
+
+
+def test_a_failure_says_where_and_by_how_much() -> None:
+    found = report(wrong(poke((..., 0, 0, 5), 9.0)))
+    failure = next(f for r in found.failed for f in r.failures if f.check == "output")
+    assert failure.coordinate is not None and failure.coordinate[-3:] == (0, 0, 5)
+    assert failure.got == 9.0 and failure.want != 9.0 and failure.baseline_error is not None
+    assert "allowed" in str(failure) and "got 9.0" in str(failure)
+
+
+def test_every_promised_kind_of_case_is_there() -> None:
+    found = cases(SPEC)
+    assert [c.id for c in found] == list(range(len(found)))
+    assert len({str(c) for c in found}) == len(found)
+    assert {(c.lens_q[0], c.lens_k[0]) for c in found} >= set(verify_cases.SHAPES)
+    assert {(c.heads, c.kv_heads) for c in found} >= set(verify_cases.HEADS)
+    assert {c.layout for c in found} == set(verify_cases.LAYOUTS)
+    bands = {(c.causal, c.window) for c in found}
+    assert bands >= set(verify_cases.BANDS)
+    for chosen in (
+        [c for c in found if c.varlen and 0 in c.lens_q and 0 in c.lens_k],
+        [c for c in found if c.used_k and 0 in c.used_k],
+        [c for c in found if c.scale_factor != 1],
+        [c for c in found if not c.normal],
+        [c for c in found if c.options],
+        [c for c in found if max(c.lens_k) > 4000],
+    ):
+        assert chosen
+    assert all(c.layout != "packed" or c.lens_q == c.lens_k for c in found)
+
+
+def test_inputs_are_reproducible_and_poisoned() -> None:
+    for case in (c for c in cases(SPEC) if c.quick and c.products(SPEC) < 10_000):
+        one, two = (verify_cases.inputs(SPEC, case, "cpu") for _ in range(2))
+        assert all(torch.equal(a.isnan(), b.isnan()) for a, b in ((one.k, two.k), (one.v, two.v)))
+        assert torch.equal(one.q, two.q) and torch.equal(one.k.nan_to_num(), two.k.nan_to_num())
+        assert not one.q.isnan().any()
+        used = case.used_k or case.lens_k
+        if case.varlen:
+            assert one.k.isnan().any()
+            assert int((~one.k[:, 0, 0].isnan()).sum()) == sum(used)
+        else:
+            assert [int((~x).sum()) for x in one.k[:, :, 0, 0].isnan()] == list(used)
+
+
+def test_another_kernel_has_other_inputs() -> None:
+    other = KernelSpec.parse("fmha_fwd_sm90_bf16_d40")
+    case = cases(SPEC)[36]
+    one, two = (verify_cases.inputs(spec, case, "cpu").q for spec in (SPEC, other))
+    assert not torch.equal(one, two)
+
+
+def test_a_case_is_replayed_by_its_name() -> None:
+    assert verify.parse_case(f"{SPEC.name}/7") == (SPEC, 7)
+    found = verify.verify_kernel(SPEC, device="emulator", case=7, runner=right)
+    assert [r.case.id for r in found.results] == [7] and found.ok
+    for text in (SPEC.name, f"{SPEC.name}/x", "nonsense/1", f"{SPEC.name}/9999"):
+        with pytest.raises(InputError):
+            verify.parse_case(text)
+
+
+def test_kernels_without_cases_are_refused() -> None:
+    with pytest.raises(InputError, match="no verification cases"):
+        cases(KernelSpec.parse("fmha_fwd_sm90_bf16_d64_softcap"))
+
+
+def test_cases_too_large_for_the_emulator_are_skipped_and_said() -> None:
+    found = report(right)
+    assert found.skipped
+    assert all("too large for the emulator" in r.reason for r in found.skipped)
+    ids = " ".join(str(r.case.id) for r in found.skipped)
+    assert any(line.endswith(f"(cases {ids})") for line in found.lines())
+
+
+def test_only_a_complete_passing_report_is_recorded() -> None:
+    results = tuple(
+        CaseResult(c, "ok", max_error=1.0, allowed=2.0, rel_l2=2e-3) for c in cases(SPEC)
+    )
+    complete = verify.Report(SPEC, "emulator", "cubin", True, results)
+    record = verify.to_record(complete)
+    assert (record.name, record.how, record.cases) == (SPEC.name, "emulator", len(results))
+    assert (record.worst_ratio, record.worst_rel_l2, record.sha256) == (0.5, 2e-3, None)
+    failed = replace(results[0], word="FAIL")
+    for broken in (
+        replace(complete, complete=False),
+        replace(complete, results=(failed, *results[1:])),
+        replace(complete, results=()),
+    ):
+        with pytest.raises(InputError, match="cannot be recorded"):
+            verify.to_record(broken)
+
+
+def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
+    argv = verify.sanitizer_argv("racecheck", ["verify", SPEC.name])
+    assert argv[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
+    assert argv[-4:] == ["-m", "fmha_runtime", "verify", SPEC.name]
+    with pytest.raises(InputError, match="memcheck"):
+        verify.sanitizer_argv("leakcheck", [])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ToolchainError, match="PATH"):
+        verify.sanitizer_argv("memcheck", [])
+
+
+@pytest.mark.parametrize("name", ["fmha_fwd_sm80_fp16_d40", "fmha_fwd_sm80_bf16_d64"])
+def test_kernels_are_right_on_the_emulator(name: str) -> None:
+    found = verify.verify_kernel(KernelSpec.parse(name), device="emulator", quick=True)
+    assert found.ok, "\n".join(found.lines())
+    assert len(found.passed) >= 15
