@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import catalog, config, manifest, params, publish, sources
 from .catalog import Tile
-from .errors import ArtifactError, BuildError, FmhaError, ToolchainError
+from .errors import ArtifactError, BuildError, ToolchainError
 from .manifest import KernelRow
 from .spec import KernelSpec
 
@@ -33,8 +33,10 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 # The parts of a toolkit from the package index; each is a wheel, so nothing but pip keeps them at
 # one version.
 _PARTS = ("cuda_nvcc", "nvvm", "cuda_crt", "cuda_runtime", "cuda_cccl")
+_LINES = 20  # of a compiler's log, in an error
+_USUAL = Path("/usr/local/cuda/bin/nvcc")
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
-_PTX = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9]*)[.\s][^\n]*;", re.MULTILINE)
+_PTX = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9]*)\b[^\n]*;", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class BuildResult:
     tile: Tile
     status: str
     row: KernelRow | None = None
-    error: FmhaError | None = None
+    error: BuildError | None = None
     seconds: float = 0.0
     stack_bytes: int = 0
     spill_stores: int = 0
@@ -133,10 +135,9 @@ def build(
         jobs: compilers at once; None means ``config.build_jobs()``.
         force: build even what is up to date.
         keep: leave the translation unit and the command line beside the cubin.
-        into: a packaged root (``ARCH/NAME.cubin`` and ``manifest.json``) instead of the cache,
-        where
-            each kernel appears as soon as it is finished. A packaged root has one writer at a time
-            and is written at the end.
+        into: a packaged root (``ARCH/NAME.cubin`` and ``manifest.json``) instead of the cache. A
+            cache shows each kernel as soon as it is finished; a packaged root is written at the
+            end, by one writer at a time.
         tile: another tile than the catalogue's, for experiments; dispatch never picks such a cubin.
         on_event: called in this thread after each kernel.
 
@@ -147,8 +148,11 @@ def build(
     Raises:
         ToolchainError: there is something to compile and nothing to compile it with.
         BuildError: the root cannot be written.
+        InputError: ``tile`` does not fit the shared memory of one of the kernels.
     """
     tiles = {spec: tile or catalog.tile(spec) for spec in specs}
+    for spec, chosen in tiles.items():
+        catalog.smem_bytes(spec, chosen)
     nvcc, complaint = _try_nvcc()
     results: dict[KernelSpec, BuildResult] = {}
     if not force:
@@ -173,7 +177,8 @@ def build(
         futures = {pool.submit(job.run): job for job in jobs_}
         for done, future in enumerate(as_completed(futures), 1):
             job, result = futures[future], future.result()
-            if result.row is not None:
+            row = result.row
+            if row is not None:
                 if not keep:
                     job.forget_sources()
                 if into is None:
@@ -181,16 +186,14 @@ def build(
                     row = publish.entry(job.folder, final, force=force)
                     result = replace(result, row=row, lock=_lock(row))
                 else:
-                    finished.append((result.row, job.folder))
+                    finished.append((row, job.folder))
             results[job.spec] = result
             notify(Event("done", done, len(todo), result))
     finally:
-        # Interrupted or not: what is running ends, what is finished is kept, the rest never
-        # existed.
+        # Interrupted or not: what runs ends, what is finished is kept, the rest never existed.
         pool.shutdown(cancel_futures=True)
         if into is not None and finished:
-            rows = publish.packaged(into, finished)
-            for row in rows:
+            for row in publish.packaged(into, finished):
                 if row.spec in results:
                     results[row.spec] = replace(results[row.spec], row=row, lock=_lock(row))
         shutil.rmtree(scratch, ignore_errors=True)
@@ -265,10 +268,6 @@ class _Job:
     def run(self) -> BuildResult:
         """Compile, judge, and leave cubin and row in the folder."""
         result = BuildResult(self.spec, self.tile, "failed")
-        try:
-            catalog.smem_bytes(self.spec, self.tile)
-        except FmhaError as error:
-            return replace(result, error=error)
         start = time.perf_counter()
         name, flags = self.spec.name, sources.flags(self.spec.arch)
         command = command_line(self.nvcc, self.cxx, (*flags, "-cubin"), self.spec, "cubin")
@@ -347,8 +346,12 @@ def _run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[st
 
 
 def _failure(spec: KernelSpec, what: str, command: Sequence[str], log: str) -> BuildError:
-    tail = "\n".join(log.splitlines()[-20:])
-    return BuildError(f"{spec.name}: {what}\n{tail}".rstrip(), command=shlex.join(command), log=log)
+    lines = log.splitlines()
+    # The first error of the compiler explains the others; without one the end of the log does.
+    first = next((number for number, line in enumerate(lines) if ": error" in line), -_LINES)
+    shown = "\n".join(lines[first:][:_LINES])
+    text = f"{spec.name}: {what}\n{shown}".rstrip()
+    return BuildError(text, command=shlex.join(command), log=log)
 
 
 def _digest(spec: KernelSpec, tile: Tile, flags: Sequence[str], *more: str) -> str:
@@ -423,9 +426,8 @@ def _locate_nvcc() -> tuple[Path, str]:
     on_path = config.which("nvcc")
     if on_path:
         return on_path, "PATH"
-    usual = Path("/usr/local/cuda/bin/nvcc")
-    if usual.is_file():
-        return usual, str(usual.parent)
+    if _USUAL.is_file():
+        return _USUAL, str(_USUAL.parent)
     raise ToolchainError(
         "no nvcc: looked at FMHA_NVCC, the Python packages (cuda-pathfinder), PATH and "
         "/usr/local/cuda/bin; run `pip install 'fmha-runtime[build]'`"

@@ -14,7 +14,7 @@ _LINES = 10  # in a log: about this many lines however many kernels there are
 
 
 class BuildProgress:
-    """The ``on_event`` of ``build.build``; a context manager, so that the bar leaves the terminal."""
+    """The ``on_event`` of ``build.build``; a context manager, so that the bar goes away."""
 
     def __init__(self, console: Console | None = None) -> None:
         """``console``: where to write, stderr by default."""

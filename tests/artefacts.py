@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers of the tests about files: a pretended nvcc and a copy of the kernel sources that may be edited."""
+"""Helpers of the tests about files: a pretended nvcc, a copy of the kernel sources to edit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a private cache of built kernels, a pretended nvcc, and when GPU and nvcc tests are skipped."""
+"""What all tests share: a private cache, a pretended nvcc, when GPU and nvcc tests are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fmha_runtime.errors import ToolchainError
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
-    """The cache of this test run, shared by its workers; one that the caller chose is used as it is."""
+    """The cache of this run, shared by its workers; one that the caller chose is used as it is."""
     chosen = os.environ.get("FMHA_CACHE_DIR")
     if chosen:
         yield Path(chosen)

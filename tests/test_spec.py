@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and kernels are inverse functions; the catalogue lists what the table promises, with tiles that fit."""
+"""Names and kernels are inverse functions; the catalogue has what it promises, and tiles fit."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_a_tile_that_does_not_fit_is_refused_with_the_numbers():
         catalog.smem_bytes(spec, Tile(64, 64, 4, 2, 1))
 
 
-@pytest.mark.parametrize("text", ["", "128x64", "100x64 w4 s2 c1", "64x24 w4 s2 c1", "64x64 w4 s1 c1"])
+@pytest.mark.parametrize(
+    "text", ["", "128x64", "100x64 w4 s2 c1", "64x24 w4 s2 c1", "64x64 w4 s1 c1"]
+)
 def test_impossible_tiles_are_refused(text):
     with pytest.raises(InputError, match="tile"):
         Tile.parse(text)

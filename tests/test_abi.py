@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameter block is one struct in Python and C++: sizes, offsets, order, ABI number."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+
+import pytest
+
+from fmha_runtime import build, config, params, sources
+from fmha_runtime.errors import ArtifactError
+
+STRUCTS = (params.Strides, params.FwdParams)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the host compiler says: {struct: (size, {field: (offset, size)}, alignment)}."""
+    folder = tmp_path_factory.mktemp("abi")
+    lines = ['#include "params.h"', "#include <stdio.h>", "int main() {"]
+    for struct in STRUCTS:
+        name = f"fmha::{struct.__name__}"
+        lines.append(f'printf("{struct.__name__} . %zu %zu\\n", sizeof({name}), alignof({name}));')
+        for field, _ in struct._fields_:
+            lines.append(
+                f'printf("{struct.__name__} {field} %zu %zu\\n", '
+                f"offsetof({name}, {field}), sizeof({name}::{field}));"
+            )
+    lines.append('printf("constants . %d %d\\n", FMHA_ABI, fmha::kUnlimited);\n}')
+    (folder / "abi.cpp").write_text("\n".join(lines))
+    include = config.kernel_src() / "fmha"
+    command = [
+        str(build.find_host_cxx()),
+        "-std=c++17",
+        "-Wno-invalid-offsetof",
+        "-I",
+        str(include),
+    ]
+    subprocess.run([*command, "abi.cpp", "-o", "abi"], cwd=folder, check=True)
+    done = subprocess.run([folder / "abi"], capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {(struct, field): (int(a), int(b)) for struct, field, a, b in rows}
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_size_and_alignment(compiled, struct):
+    expected = (ctypes.sizeof(struct), ctypes.alignment(struct))
+    assert compiled[struct.__name__, "."] == expected
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_every_field_has_its_offset_and_size(compiled, struct):
+    for field, _ in struct._fields_:
+        found = getattr(struct, field)
+        assert compiled[struct.__name__, field] == (found.offset, found.size), field
+
+
+def test_no_field_is_missing_in_python(compiled):
+    """Fields that only C++ has would show as a gap or as a longer struct."""
+    for struct in STRUCTS:
+        end = 0
+        for field, _ in struct._fields_:
+            found = getattr(struct, field)
+            assert found.offset == end, f"a gap before {field}"
+            end = found.offset + found.size
+        assert end == compiled[struct.__name__, "."][0]
+
+
+def test_constants(compiled):
+    assert compiled["constants", "."] == (params.ABI, params.UNLIMITED)
+    assert sources.abi() == params.ABI
+
+
+def test_sources_without_an_abi_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "fmha").mkdir()
+    (tmp_path / "fmha" / "params.h").write_text("#pragma once\n")
+    monkeypatch.setattr(config, "kernel_src", lambda: tmp_path)
+    with pytest.raises(ArtifactError, match="does not define FMHA_ABI"):
+        sources.abi()
