@@ -353,8 +353,7 @@ def _scan(
         yield from (row for row in read_manifest(root, label) if spec in (None, row.spec))
     except ArtifactError as error:
         yield error
-    # Newest compiler first where one kernel was built by several; dotted folders are builds in
-    # progress.
+    # Newest compiler first where several built one kernel.
     entries: list[KernelRow] = []
     for folder in sorted(root.glob(f"{spec.name if spec else 'fmha_*'}-*/")):
         try:
