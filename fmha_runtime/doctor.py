@@ -204,7 +204,7 @@ def _cubins(found: Diagnosis) -> Lines:
     ready = [spec for spec, state in states.items() if state.word == "ready"]
     if found.arch and not any(spec.arch.value == found.arch for spec in ready):
         text = f"no kernel is built for this GPU ({found.arch})"
-        found.problems.append(Problem(text, f"fmha build --arch {found.arch}", ARTIFACT))
+        found.problems.append(Problem(text, f"fmha build --arch {found.arch}"))
 
 
 def _ledger(found: Diagnosis) -> Lines:
@@ -259,10 +259,9 @@ def _conclude(found: Diagnosis) -> None:
     if not found.gpus and not found.cxx:
         text = "no GPU, and no C++ compiler for the emulator: no kernel can run here"
         found.problems.append(Problem(text, "apt-get install g++"))
-    if found.gpus and found.nvcc and found.driver and int(found.nvcc.split(".")[0]) > found.driver:
-        text = (
-            f"nvcc {found.nvcc} is newer than the driver (CUDA {found.driver}): upgrade the driver"
-        )
+    major = int(found.nvcc.split(".")[0]) if found.nvcc else 0
+    if found.gpus and found.driver and major > found.driver:
+        text = f"nvcc {found.nvcc} is ahead of the driver (CUDA {found.driver}): upgrade the driver"
         found.problems.append(Problem(text, "nvidia-smi"))
     if found.arch and not found.nvcc:
         unbuilt = any(p.command.startswith("fmha build") for p in found.problems)
