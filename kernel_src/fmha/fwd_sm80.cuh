@@ -210,7 +210,9 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
             if constexpr (kMasked) {
                 apply_band(s, band, warp_row, n_block * Traits::kBlockN, lane);
             }
-            softmax.template step<kMasked>(s, o, p.scale_log2);
+            float shrink[Traits::kMTiles][2];
+            softmax.template step<kMasked>(s, shrink, p.scale_log2);
+            softmax.rescale(o, shrink);
             static_for<0, Traits::kBlockN / 16>(
                 [&](auto ks) { pv_step<Traits, decltype(ks)::value>(o, s, address.v + stage_offset); });
         };

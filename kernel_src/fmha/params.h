@@ -48,6 +48,19 @@ struct FwdParams {
 // Large enough for every sequence, small enough that row + offset + window stays inside an int32.
 constexpr int32_t kUnlimited = 1 << 30;
 
+// A CUtensorMap by another name: 128 opaque bytes that the copy engine reads from the parameter space.
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+// Argument of the TMA kernels. Each map has dims (head dim, row, head, batch); varlen tensors have one batch.
+struct FwdTmaParams {
+    TensorMap q_map;
+    TensorMap k_map;
+    TensorMap v_map;
+    FwdParams fwd;
+};
+
 static_assert(sizeof(FwdParams) == 224, "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
 
 }  // namespace fmha

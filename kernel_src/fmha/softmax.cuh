@@ -20,9 +20,10 @@ struct Softmax {
         }
     }
 
-    // Turns S into P in place and rescales O to the new maximum. kMasked: rows may still have seen no key at all.
-    template <bool kMasked, int kNTiles, int kVTiles>
-    FMHA_DEVICE void step(float (&s)[kMTiles][kNTiles][4], float (&o)[kMTiles][kVTiles][4], float scale_log2) {
+    // Turns S into P in place and returns by `shrink` what O must be multiplied by. kMasked: rows may still have seen no
+    // key at all.
+    template <bool kMasked, int kNTiles>
+    FMHA_DEVICE void step(float (&s)[kMTiles][kNTiles][4], float (&shrink)[kMTiles][2], float scale_log2) {
         FMHA_UNROLL
         for (int mt = 0; mt < kMTiles; ++mt) {
             FMHA_UNROLL
@@ -36,7 +37,7 @@ struct Softmax {
                 peak = fmaxf(peak, shfl_xor(peak, 2));
                 // -inf - -inf is NaN: a row without keys keeps 0 as its base, and every exp2 below gives 0.
                 const float base = kMasked && peak == kMinusInfinity ? 0.f : peak * scale_log2;
-                const float shrink = exp2_approx(row_max[mt][half] * scale_log2 - base);
+                shrink[mt][half] = exp2_approx(row_max[mt][half] * scale_log2 - base);
                 row_max[mt][half] = peak;
                 float sum = 0.f;
                 FMHA_UNROLL
@@ -48,11 +49,20 @@ struct Softmax {
                         sum += x;
                     }
                 }
-                row_sum[mt][half] = row_sum[mt][half] * shrink + sum;
+                row_sum[mt][half] = row_sum[mt][half] * shrink[mt][half] + sum;
+            }
+        }
+    }
+
+    template <int kVTiles>
+    FMHA_DEVICE static void rescale(float (&o)[kMTiles][kVTiles][4], const float (&shrink)[kMTiles][2]) {
+        FMHA_UNROLL
+        for (int mt = 0; mt < kMTiles; ++mt) {
+            FMHA_UNROLL
+            for (int vt = 0; vt < kVTiles; ++vt) {
                 FMHA_UNROLL
-                for (int vt = 0; vt < kVTiles; ++vt) {
-                    o[mt][vt][half * 2] *= shrink;
-                    o[mt][vt][half * 2 + 1] *= shrink;
+                for (int i = 0; i < 4; ++i) {
+                    o[mt][vt][i] *= shrink[mt][i / 2];
                 }
             }
         }
