@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation is true: examples run, links lead somewhere, tables are those of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fmha_runtime import cli, config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_readme_example_runs(capsys):
+    pytest.importorskip("torch", reason="torch is not installed")
+    (example,) = blocks(README, "python")
+    exec(compile(example, "README.md", "exec"), {})
+    text = capsys.readouterr().out
+    assert "torch.Size([2, 100, 8, 64]) torch.Size([2, 8, 100])" in text
+    assert "chosen    fmha_fwd_sm80_bf16_d64" in text
+
+
+def test_readme_transformers_example_names_what_exists():
+    (example,) = blocks(README, "py")
+    compile(example, "README.md", "exec")
+    from fmha_runtime.integrations import transformers
+
+    assert "fmha_transformers.register()" in example
+    assert transformers.register.__kwdefaults__ == {"device": None}
+    assert transformers.register.__defaults__ == ("fmha",)
+
+
+def test_variables_are_those_of_config():
+    section = README.partition("## Variables")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    expected = [f"| `{v.name}` | {v.default} | {v.meaning} |" for v in config.VARIABLES]
+    assert rows == expected
+
+
+def test_errors_are_those_of_the_package():
+    from fmha_runtime import errors
+
+    section = README.partition("## When it says no")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    raised = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.FmhaError)
+    }
+    # The base class, and what only who builds or debugs kernels meets.
+    assert set(named) == raised - {"FmhaError", "BuildError", "EmulatorFault"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"(?<![\w.])fmha ([a-z]+)\b", text):
+        assert command in cli.main.commands, f"{page.name}: fmha {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_exist(page):
+    from itertools import chain
+
+    known = {
+        option
+        for command in cli.main.commands.values()
+        for option in chain.from_iterable(parameter.opts for parameter in command.params)
+    } | {"--help"}
+    for line in re.findall(r"fmha [a-z]+[^`\n]*", page.read_text(encoding="utf-8")):
+        for option in re.findall(r"--[a-z][a-z-]*", line):
+            assert option in known, f"{page.name}: {line}"
+
+
+def test_modules_of_the_architecture_page_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "fmha_runtime"
+    for name in set(re.findall(r"`(\w+\*?\.py)`", text)):
+        assert list(package.glob(name)), name
+    for name in set(re.findall(r"`(\w+\.cuh|\w+\.h)`", text)):
+        assert (ROOT / "kernel_src" / "fmha" / name).is_file(), name
