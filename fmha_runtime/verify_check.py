@@ -28,7 +28,7 @@ REL_L2_LIMIT = {DType.BF16: 3e-3, DType.FP16: 4e-4}
 """On standard normal inputs. Good kernels measure 2.2e-3 to 2.4e-3 and 2.8e-4 to 3.1e-4."""
 LSE_LIMIT = 1e-3
 
-_CANARY = -1234.0  # exact in fp16 and bf16; no case comes near it
+_CANARY = -1280.0  # exact in fp16 and bf16; no case comes near it
 
 
 @dataclass(frozen=True)
