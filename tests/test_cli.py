@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import fmha_runtime
-from fmha_runtime import catalog, cli, driver, manifest, selection
+from fmha_runtime import catalog, cli, config, driver, manifest, selection
 from fmha_runtime.errors import (
     ArtifactError,
     BuildError,
@@ -38,6 +38,13 @@ def no_gpu(monkeypatch):
         raise DriverError("no CUDA driver on this machine")
 
     monkeypatch.setattr(driver, "device_count", missing)
+
+
+@pytest.fixture
+def own_cache(own_cache, tmp_path, monkeypatch):
+    """As in conftest.py, and without the package's cubins, which a developer may have built."""
+    monkeypatch.setattr(config, "package_root", lambda: tmp_path / "package")
+    return own_cache
 
 
 def names(result):
@@ -139,8 +146,10 @@ def test_list_needs_neither_torch_nor_a_gpu(tmp_path):
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
+        # What the doctor finds depends on the machine; that it reports does not.
+        assert done.returncode in ({0, 3, 4} if words == ["doctor"] else {0}), done.stderr
         assert done.stdout
+        assert "Traceback" not in done.stderr
 
 
 # --- explain

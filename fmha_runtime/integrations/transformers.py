@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face transformers: ``attn_implementation="fmha"``. Tested with transformers 5.23.
 
+Version 4.56 runs decoders too; its BERT does not use the attention interface yet.
+
 Two functions are registered under one name. The mask function runs once per forward pass and
 condenses what the model asked for (causality, window, padding) into a ``BandMask``; the attention
 function runs in every layer and obeys it. Whatever the kernels do not compute is refused with what
@@ -80,7 +82,7 @@ def register(name: str = "fmha", *, device: str | None = None) -> Registration:
             themselves.
 
     Raises:
-        ImportError: transformers is missing or older than 4.56.
+        ImportError: transformers is missing or too old to have the two interfaces.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
