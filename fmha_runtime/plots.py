@@ -57,8 +57,8 @@ def speed(record: BenchRecord, path: Path) -> None:
         axis.set_xlabel("tokens per sequence")
     handles, labels = axes[0][0].get_legend_handles_labels()
     title = f"{record.meta.get('gpu')}, torch {record.meta.get('torch')}"
-    where = "outside upper center"
-    figure.legend(handles, labels, title=title, loc=where, ncols=len(labels), fontsize=9)
+    style = {"title": title, "ncols": len(labels), "fontsize": 9}
+    figure.legend(handles, labels, loc="outside upper center", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a creation date the same record gives the same bytes.
     figure.savefig(path, dpi=110, metadata={"Software": None})
