@@ -458,8 +458,9 @@ def _check_toolkit(nvcc: Path, release: str) -> None:
     for part in _PARTS if site else ():
         assert site is not None
         records = list(site.glob(f"nvidia_{part}-*.dist-info"))
-        version = records[0].name.split("-")[1].removesuffix(".dist") if records else "missing"
-        versions[part] = ".".join(version.split(".")[:2])
+        version = records[0].name.split("-")[1] if records else "missing"
+        if part != "cuda_cccl" or not records:  # CCCL counts its own releases
+            versions[part] = ".".join(version.split(".")[:2])
     if len(set(versions.values())) > 1:
         listing = ", ".join(f"{part} {version}" for part, version in versions.items())
         raise ToolchainError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 
 import artefacts
 import pytest
@@ -250,16 +251,19 @@ class TestFindingTheCompiler:
                 (site / f"nvidia_{part}-{version}.dist-info").mkdir()
 
     def test_a_consistent_toolkit_from_the_index(self, fake_nvcc, tmp_path, monkeypatch):
-        self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, nvvm="13.0.88")
+        self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, cuda_cccl="13.3.4.3.1")
         assert build.find_nvcc().version == "13.0.99"
 
-    @pytest.mark.parametrize(("version", "word"), [("13.5.37", r"13\.5"), (None, "missing")])
-    def test_a_mixed_toolkit_from_the_index(self, fake_nvcc, tmp_path, monkeypatch, version, word):
-        self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, nvvm=version)
-        remedy = (
-            r"pip install --force-reinstall 'cuda-toolkit\[nvcc,nvvm,crt,cudart,cccl\]==13\.0\.\*'"
-        )
-        with pytest.raises(ToolchainError, match=rf"nvvm {word}.*{remedy}"):
+    @pytest.mark.parametrize(
+        ("part", "version", "word"),
+        [("nvvm", "13.5.37", r"13\.5"), ("nvvm", None, "missing"), ("cuda_cccl", None, "missing")],
+    )
+    def test_a_mixed_toolkit_from_the_index(
+        self, fake_nvcc, tmp_path, monkeypatch, part, version, word
+    ):
+        self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, **{part: version})
+        remedy = re.escape("--force-reinstall 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.*'")
+        with pytest.raises(ToolchainError, match=rf"{part} {word}.*pip install {remedy}"):
             build.find_nvcc()
 
     def test_nowhere(self, monkeypatch, tmp_path):

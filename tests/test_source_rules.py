@@ -55,12 +55,13 @@ def test_static_assertions_are_sentences(path):
 
 
 def test_every_header_is_reached_by_a_kernel():
+    """Wrappers of instructions may be there before the kernel that needs them."""
     reached = {
         path
         for spec in catalog.enumerate_specs()
         for path in sources.include_closure(sources.header(spec))
     }
-    assert reached == {path.resolve() for path in HEADERS}
+    assert reached >= {path.resolve() for path in HEADERS if path.parent == ROOT}
 
 
 def test_the_hash_covers_each_file_of_the_closure(tmp_path, monkeypatch):
