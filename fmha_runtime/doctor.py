@@ -222,7 +222,12 @@ def _variables(found: Diagnosis) -> Lines:
         if variable.value is not None:
             yield variable.name, variable.value
     # Reading each once tells a value that cannot be used from one that can.
-    for read in (config.build_jobs, config.debug, config.build_on_demand):
+    for read in (
+        config.build_jobs,
+        config.emulator_threads,
+        config.debug,
+        config.build_on_demand,
+    ):
         try:
             read()
         except FmhaError as error:

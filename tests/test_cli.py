@@ -343,6 +343,64 @@ def test_no_gpu_is_exit_3(command, no_gpu):
     assert "no CUDA driver" in result.stderr
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that claims to have an H200."""
+    monkeypatch.setattr(driver, "available", lambda: True)
+    monkeypatch.setattr(driver, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(driver, "device_info", lambda index=0: None)
+
+
+def test_the_default_arch_is_the_gpus(hopper, monkeypatch):
+    from fmha_runtime import verify
+
+    asked = []
+
+    def run(spec, **options):
+        asked.append((spec, options["device"], options["via"]))
+        raise KernelNotBuilt("not built; run `fmha build`", name=spec.name, command="fmha build")
+
+    monkeypatch.setattr(verify, "verify_kernel", run)
+    result = fmha("verify", "--head-dim", "64")
+    assert result.exit_code == 1
+    assert [(spec.name, device, via) for spec, device, via in asked] == [
+        ("fmha_fwd_sm90_bf16_d64", "cuda:0", "cubin"),
+        ("fmha_fwd_sm90_fp16_d64", "cuda:0", "cubin"),
+    ]
+    assert names(result) == ["FAIL", "FAIL"]
+    asked.clear()
+    fmha("verify", "--arch", "sm80", "--head-dim", "64", "--via", "ptx", "--device", "cuda:1")
+    assert {(spec.arch, device, via) for spec, device, via in asked} == {
+        (Arch.SM80, "cuda:1", "ptx")
+    }
+    assert "fmha_fwd_sm90_bf16_d64" in fmha("explain", "d=64", "dtype=bf16").stdout
+
+
+def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
+    from fmha_runtime import bench
+    from fmha_runtime.bench_record import BenchRecord, Timing
+
+    asked = []
+
+    def run(cells, **options):
+        asked.extend(cells)
+        options["on_cell"](cells[0], 0, len(cells))
+        timings = (
+            Timing(cells[0].key, "ours", median_us=1.0, tflops=500.0),
+            Timing(cells[0].key, "flash", median_us=2.0, tflops=250.0),
+        )
+        return BenchRecord({"gpu": "H200", "torch": "2"}, timings)
+
+    monkeypatch.setattr(bench, "run", run)
+    path = tmp_path / "record.json"
+    words = ["--dtype", "bf16", "--head-dim", "64", "--seqlens", "512,1024", "--causal"]
+    result = fmha("bench", *words, "--json", path)
+    assert result.exit_code == 0, result.stderr
+    assert [cell.key for cell in asked] == ["bf16_d64_s512_c", "bf16_d64_s1024_c"]
+    assert "2.00" in result.stdout
+    assert BenchRecord.load(path).providers == ("ours", "flash")
+
+
 def test_verify_reports_failure(monkeypatch):
     pytest.importorskip("torch", reason="torch is not installed")
     from fmha_runtime import launch
