@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,15 @@ from fmha_runtime.verify_check import CaseResult
 
 SPEC = KernelSpec.parse("fmha_fwd_sm80_bf16_d40")
 Kernel = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The products are tiny: on a busy machine, waiting for a second thread costs 50 times more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def right(
