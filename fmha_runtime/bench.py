@@ -294,7 +294,7 @@ def host_times(device: str, peers: Sequence[str] = PEERS) -> list[HostTime]:
             with runnable.context():
                 found.append(HostTime(HOST_CASE, name, round(_host_us(runnable.call), 2)))
         except (Absent, FmhaError) as reason:
-            found.append(HostTime(HOST_CASE, name, absent=_first_line(reason)))
+            found.append(HostTime(HOST_CASE, name, absent=_reason(reason)))
     return found
 
 
@@ -338,7 +338,7 @@ def _prepare(
                     outputs[name] = runnable.call()
             ready[name] = runnable
         except (Absent, FmhaError) as reason:
-            absent[name] = _first_line(reason)
+            absent[name] = _reason(reason)
     torch.cuda.synchronize()
     rivals = [name for name in outputs if name != OURS]
     if OURS in outputs and rivals:
@@ -387,7 +387,7 @@ def _peer(name: str, cell: Cell, q: Tensor, k: Tensor, v: Tensor) -> Runnable:
             call()
         except RuntimeError as error:
             reasons = [str(note.message).split(" (Triggered")[0].strip() for note in notes]
-            raise Absent("; ".join(reasons) or _first_line(error)) from error
+            raise Absent("; ".join(reasons) or _reason(error)) from error
     return Runnable(call, lambda: sdpa_kernel([backend]))
 
 
@@ -399,14 +399,16 @@ def _identity(runnable: Runnable) -> dict[str, str]:
 
 
 def _clock_mhz(device: int) -> int | None:
-    """The SM clock now; None where NVML's Python package is not installed."""
+    """The SM clock now; None where NVML or its Python package does not tell."""
     import torch
 
     try:
         return int(torch.cuda.clock_rate(device))
-    except (ImportError, RuntimeError):
+    except Exception:  # NVML has exceptions of its own, and the clock is a remark, not a result
         return None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """The message on one line; CUDA's own run to pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -16,8 +16,8 @@ import torch
 from fmha_runtime import bench, plots
 from fmha_runtime.bench import Cell, Runnable
 from fmha_runtime.bench_record import BenchRecord, HostTime, Timing
-from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError
-from fmha_runtime.reference import band
+from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError, KernelNotBuilt
+from fmha_runtime.reference import attention, band
 from fmha_runtime.spec import DType
 
 
@@ -118,6 +118,36 @@ def test_a_backend_that_refuses_says_why() -> None:
     runnable = bench._peer("math", cell, q, k, v)
     with runnable.context():
         assert runnable.call().shape == (1, 2, 8, 24)
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.05, False)])
+def test_a_wrong_result_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, factor: float, agrees: bool
+) -> None:
+    def ours(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Runnable:
+        return Runnable(lambda: attention(q, k, v, causal=cell.causal)[0].to(q.dtype) * factor)
+
+    monkeypatch.setattr(bench, "_ours", ours)
+    monkeypatch.setattr(bench, "TOKENS", 64)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cell = Cell(DType.BF16, 256, 256, 32, True)
+    ready, absent = bench._prepare(cell, "cpu", ("cudnn", "math"))
+    assert "math" in ready and "cudnn" in absent
+    assert ("ours" in ready) is agrees
+    assert agrees or ("distance 5." in absent["ours"] and "to math" in absent["ours"])
+
+
+def test_a_kernel_that_is_not_built_is_absent_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ours(*_: Any) -> Runnable:
+        raise KernelNotBuilt("build it with\n  fmha build x", name="x", command="fmha build x")
+
+    monkeypatch.setattr(bench, "_ours", ours)
+    monkeypatch.setattr(bench, "TOKENS", 64)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    _, absent = bench._prepare(Cell(DType.BF16, 256, 256, 32, True), "cpu", ("math",))
+    assert absent == {"ours": "build it with fmha build x"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
