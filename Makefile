@@ -9,7 +9,8 @@ JOBS ?= $(shell nproc)
 # torch: on a machine without a GPU the plain package brings gigabytes of CUDA libraries; this version has a CPU build.
 HAS_GPU := $(shell command -v nvidia-smi)
 TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
-# nvcc: the one of this machine, or the one from the package index.
+# nvcc: the one of this machine, or from the package index the one that cubins/manifest.json was made with (13.0.88).
+TOOLKIT ?= cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 HAS_NVCC := $(or $(FMHA_NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 comma := ,
 EXTRAS := demo,bench,test$(if $(HAS_NVCC),,$(comma)build)
@@ -53,9 +54,10 @@ bench: $(VENV)/ready
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and by its own name: the extras then find their requirement met by the build that was chosen.
+# torch and the toolkit first: the extras then find their requirement met by the version that was chosen.
 $(VENV)/ready: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet "$(TOOLKIT)")
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 

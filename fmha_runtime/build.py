@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compilers: find nvcc, build kernels in a pool, judge what ptxas reports; PTX and disassembly.
 
-Besides emulator.py the only file that starts processes. Identity is content (see ``_key``), never
+Besides emulator.py the only file that starts processes. Identity is content (see ``_entry``), never
 an mtime.
 """
 
@@ -173,7 +173,7 @@ def build(
     finished: list[tuple[KernelRow, Path]] = []
     pool = ThreadPoolExecutor(jobs or config.build_jobs())
     try:
-        jobs_ = [_Job(spec, tiles[spec], nvcc, cxx, scratch / spec.name) for spec in todo]
+        jobs_ = [_Job.of(spec, tiles[spec], nvcc, cxx, scratch) for spec in todo]
         futures = {pool.submit(job.run): job for job in jobs_}
         for done, future in enumerate(as_completed(futures), 1):
             job, result = futures[future], future.result()
@@ -182,8 +182,7 @@ def build(
                 if not keep:
                     job.forget_sources()
                 if into is None:
-                    final = root / f"{job.spec.name}-{_key(job.spec, job.tile, nvcc.version)[:12]}"
-                    row = publish.entry(job.folder, final, force=force)
+                    row = publish.entry(job.folder, root / job.entry, force=force)
                     result = replace(result, row=row, lock=_lock(row))
                 else:
                     finished.append((row, job.folder))
@@ -264,6 +263,13 @@ class _Job:
     nvcc: Nvcc
     cxx: Path
     folder: Path
+    source_hash: str
+    entry: str  # its folder in a cache
+
+    @classmethod
+    def of(cls, spec: KernelSpec, tile: Tile, nvcc: Nvcc, cxx: Path, scratch: Path) -> _Job:
+        entry = _entry(spec, tile, nvcc)
+        return cls(spec, tile, nvcc, cxx, scratch / spec.name, sources.source_hash(spec), entry)
 
     def run(self) -> BuildResult:
         """Compile, judge, and leave cubin and row in the folder."""
@@ -284,6 +290,9 @@ class _Job:
         if spills is None or registers is None:
             what = "ptxas did not report registers and spills"
             return replace(result, error=_failure(self.spec, what, command, done.stdout))
+        if sources.source_hash(self.spec) != self.source_hash:
+            what = "its sources changed while it was compiled; build again"
+            return replace(result, error=_failure(self.spec, what, command, ""))
         stack, stores, loads = map(int, spills.groups())
         row = self._row(int(registers[1]), stores + loads)
         result = replace(result, stack_bytes=stack, spill_stores=stores, spill_loads=loads)
@@ -309,7 +318,7 @@ class _Job:
             params_size=ctypes.sizeof(params.FwdParams),
             size=len(image),
             sha256=hashlib.sha256(image).hexdigest(),
-            source_hash=sources.source_hash(self.spec),
+            source_hash=self.source_hash,
             nvcc=self.nvcc.version,
             flags=" ".join(sources.flags(self.spec.arch)),
         )
@@ -359,9 +368,10 @@ def _digest(spec: KernelSpec, tile: Tile, flags: Sequence[str], *more: str) -> s
     return hashlib.sha256("\0".join((*parts, *more)).encode()).hexdigest()
 
 
-def _key(spec: KernelSpec, tile: Tile, version: str) -> str:
-    """A build's identity: what is compiled, how, and by which compiler."""
-    return _digest(spec, tile, sources.flags(spec.arch), version, str(manifest.SCHEMA))
+def _entry(spec: KernelSpec, tile: Tile, nvcc: Nvcc) -> str:
+    """A build's folder in a cache, named by its identity: what is compiled, how, by what."""
+    key = _digest(spec, tile, sources.flags(spec.arch), nvcc.version, str(manifest.SCHEMA))
+    return f"{spec.name}-{key[:12]}"
 
 
 def _up_to_date(
@@ -374,8 +384,7 @@ def _up_to_date(
         elif tile == catalog.tile(spec):
             row = manifest.find(spec)
         elif nvcc is not None:
-            folder = config.cache_dir() / f"{spec.name}-{_key(spec, tile, nvcc.version)[:12]}"
-            return publish.intact(folder)
+            return publish.intact(config.cache_dir() / _entry(spec, tile, nvcc))
         else:
             return None
         if row is None or manifest.why_stale(row) or (nvcc and row.nvcc != nvcc.version):

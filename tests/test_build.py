@@ -84,6 +84,16 @@ class TestWithAPretendedCompiler:
         assert manifest.find(SMALL) is None
         assert not leftovers(self.cache)
 
+    def test_sources_edited_meanwhile_are_not_mistaken_for_the_compiled_ones(
+        self, tmp_path, monkeypatch
+    ):
+        header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "mask.cuh"
+        text = self.nvcc.path.read_text()
+        self.nvcc.path.write_text(text.replace("(echo", f'echo "// edited" >> {header}\n(echo'))
+        result = build.build([SMALL])[0]
+        assert "its sources changed while it was compiled; build again" in str(result.error)
+        assert manifest.find(SMALL) is None
+
     def test_spills_fail_the_kernel(self):
         self.nvcc.write(spills=24)
         result = build.build([SMALL])[0]
