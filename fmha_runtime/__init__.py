@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOME = {
     "attention": "api",
     "attention_varlen": "api",
+    "attention_with_kvcache": "api",
+    "alibi_slopes": "alibi",
     "explain": "api",
     "is_supported": "api",
     "merge_states": "api",
@@ -37,9 +39,11 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from .alibi import alibi_slopes
     from .api import (
         attention,
         attention_varlen,
+        attention_with_kvcache,
         explain,
         is_supported,
         merge_states,

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import dispatch, driver, launch, reference, tensors
+from . import call, dispatch, driver, launch, reference, tensors
+from .call import NO_EXTRAS, Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError, UnsupportedProblem
 from .launch import Plan
-from .spec import Arch, Score
+from .spec import Arch
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    attention_chunk: int | None = None,
     seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -55,7 +58,9 @@ def attention(
         window: (left, right) visible keys on either side of the diagonal, inclusive; None (or -1) = unlimited.
         scale: factor on q.k before the softmax; default 1 / sqrt(D).
         softcap: cap * tanh(score / cap) before the mask; 0 = off.
-        alibi_slopes: [H] or [B, H] fp32; adds -slope * abs(distance to the diagonal).
+        alibi_slopes: [H] or [B, H] fp32; adds -slope * abs(distance to the diagonal). Not with softcap.
+        sinks: [H] fp32; the logit of one more key per head that has no value: it takes weight and is part of the LSE.
+        attention_chunk: a query sees only keys of its own chunk of this many positions; None = off.
         seqused_k: [B] int32, keys of each sequence that exist (right-padded K and V); None = all.
         out: tensor to write, [B, Sq, H, Dv]; default a new contiguous one.
         return_lse: also return the log-sum-exp.
@@ -75,8 +80,8 @@ def attention(
         DriverError: no driver, or the driver refused the launch.
     """
     return _call(
-        q, k, v, None, None, None, None, causal, window, scale, softcap, alibi_slopes, seqused_k, out, return_lse,
-        device, stream, fallback,
+        q, k, v, None, None, None, None, causal, window, scale, softcap, attention_chunk, alibi_slopes, sinks, None,
+        seqused_k, out, return_lse, device, stream, fallback,
     )  # fmt: skip
 
 
@@ -94,6 +99,8 @@ def attention_varlen(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    attention_chunk: int | None = None,
     seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -126,43 +133,111 @@ def attention_varlen(
         raise InputError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; without them call attention()")
     return _call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, softcap,
-        alibi_slopes, seqused_k, out, return_lse, device, stream, fallback,
+        attention_chunk, alibi_slopes, sinks, None, seqused_k, out, return_lse, device, stream, fallback,
+    )  # fmt: skip
+
+
+def attention_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor | int,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    attention_chunk: int | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    device: str | None = None,
+    stream: int | None = None,
+    fallback: str | None = None,
+) -> Result:
+    """``attention`` of new queries over a key/value cache, dense or in pages. The cache already holds the new keys.
+
+    Args:
+        q: [B, Sq, H, D], or [Tq, H, D] with cu_seqlens_q. Query i of a sequence sits at position
+            i + cache_seqlens[b] - its query length, so Sq smaller than the cache is a chunk of a longer prefill.
+        k_cache: [B, S, Hk, D], or with page_table a pool [pages, page_size, Hk, D] of pages of 8, 16, 32, 64, 128 or 256
+            tokens. Any strides: an HND pool goes in as ``pool.transpose(1, 2)``, halves of a joint K and V pool as slices.
+        v_cache: [B, S, Hk, Dv] or [pages, page_size, Hk, Dv].
+        cache_seqlens: [B] int32, keys of each sequence in the cache, or one int for all.
+        page_table: [B, P] int32: token j of sequence b lies in page page_table[b, j // page_size]. Entries past a
+            sequence's length are never read as pages and may be anything.
+        cu_seqlens_q: [B + 1] int32 for queries of different lengths, with max_seqlen_q as in ``attention_varlen``.
+
+    The other arguments are those of ``attention``.
+
+    Returns:
+        out in the form of q, or (out, lse).
+
+    Raises:
+        the errors of ``attention``.
+    """
+    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        import torch
+
+        batch = page_table if page_table is not None else k_cache
+        cache_seqlens = torch.full(
+            (batch.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device
+        )
+    if cache_seqlens is None:
+        raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
+    return _call(
+        q, k_cache, v_cache, cu_seqlens_q, None, max_seqlen_q, None, causal, window, scale, softcap, attention_chunk,
+        alibi_slopes, sinks, page_table, cache_seqlens, out, return_lse, device, stream, fallback, True,
     )  # fmt: skip
 
 
 def _call(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
-    softcap: Any, alibi: Any, used: Any, out: Any, return_lse: bool, device: Any, stream: Any, fallback: Any,
+    softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, used: Any, out: Any, return_lse: bool, device: Any,
+    stream: Any, fallback: Any, cache: bool = False,
 ) -> Any:  # fmt: skip
     # The hot path: one dictionary look-up stands for every check that depends on geometry and options.
+    extras, optional = NO_EXTRAS, None
+    if alibi is not None or sinks is not None or table is not None:
+        extras = Extras(alibi, sinks, table)
+        optional = tuple(map(_geometry, (alibi, sinks, table)))
+    key: Any
     try:
         key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
-            v.dtype, v.device, causal, window, scale, device, max_q, max_k,
+            v.dtype, v.device, causal, window, scale, softcap, chunk, device, max_q, max_k, cache, optional,
             None if out is None else launch.geometry(out),
             None if used is None else launch.geometry(used),
-            None if cu_q is None else (launch.geometry(cu_q), launch.geometry(cu_k)),
+            None if cu_q is None else launch.geometry(cu_q),
+            None if cu_k is None else launch.geometry(cu_k),
         )  # fmt: skip
-        plan = None if softcap or alibi is not None else _plans.get(key)
+        plan = _plans.get(key)
     except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
         key = plan = None
     if plan is None:
-        made = _make_plan(
-            q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap, alibi, used, out, device, stream,
-            fallback,
-        )  # fmt: skip
+        lengths = (cu_q, cu_k, max_q, max_k, used, cache)
+        options = {
+            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": chunk
+        }  # fmt: skip
+        made = _make_plan(q, k, v, lengths, options, extras, out, device, stream, fallback)
         if made is None:
-            return _in_torch(
-                q, k, v, cu_q, cu_k, causal, window, scale, softcap, alibi, used, out, return_lse
-            )
+            return _in_torch(q, k, v, lengths, options, extras, out, return_lse)
         plan = made
-        if key is not None and not softcap and alibi is None:
+        if key is not None:
             if len(_plans) >= _PLAN_LIMIT:
                 _plans.clear()
             _plans[key] = plan
     if q.requires_grad or k.requires_grad or v.requires_grad:
         _refuse_gradients()
-    return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream)
+    return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream, extras)
+
+
+def _geometry(tensor: Any) -> Any:
+    return None if tensor is None else launch.geometry(tensor) if hasattr(tensor, "stride") else tensor
 
 
 def _refuse_gradients() -> None:
@@ -175,16 +250,23 @@ def _refuse_gradients() -> None:
         )
 
 
+def _checked(
+    q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None
+) -> call.Shape:
+    cu_q, cu_k, max_q, max_k, used, cache = lengths
+    return call.check_call(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used, max_seqlen_q=max_q, max_seqlen_k=max_k, out=out,
+        extras=extras, cache=cache,
+    )  # fmt: skip
+
+
 def _make_plan(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
-    softcap: Any, alibi: Any, used: Any, out: Any, device: Any, stream: Any, fallback: Any,
+    q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, device: Any, stream: Any,
+    fallback: Any,
 ) -> Plan | None:  # fmt: skip
     """The plan of a call, or None when plain torch is to run it (CPU tensors, or an explicit fallback)."""
-    shape = launch.check_call(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used, max_seqlen_q=max_q, max_seqlen_k=max_k, out=out
-    )  # fmt: skip
-    opts = launch.options(causal=causal, window=window, scale=scale)
-    score = _score(softcap, alibi, shape, q.device)
+    shape = _checked(q, k, v, lengths, extras, out)
+    opts = call.options(**options)
     if fallback not in (None, "torch"):
         raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
     emulated = launch.emulated_arch(device)
@@ -194,13 +276,14 @@ def _make_plan(
         )
     if emulated is not None and q.device.type != "cpu":
         raise InputError(f"the emulator runs CPU tensors; q is on {q.device}: call q.cpu()")
-    if emulated is None and q.device.type == "cpu":
-        return None
     if q.device.type not in ("cpu", "cuda"):
         raise InputError(f"q is on {q.device}; CUDA and CPU tensors are supported")
+    call.score(opts, extras)  # contradictions are refused wherever the call runs
+    if emulated is None and q.device.type == "cpu":
+        return None
     try:
         arch = emulated or _arch(q.device.index)
-        choice = dispatch.choose(_problem(arch, q, shape, opts, score))
+        choice = dispatch.choose(_problem(arch, q, shape, opts, extras))
     except UnsupportedProblem:
         if fallback == "torch":
             return None
@@ -211,30 +294,7 @@ def _make_plan(
 
         stream = torch.cuda.current_stream(q.device).cuda_stream
     kernel = launch.load(choice.spec, device=where, stream=stream or 0)
-    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out)
-
-
-def _score(softcap: Any, alibi: Any, shape: launch.Shape, device: Any) -> Score:
-    """Which scores a call asks for; also checks softcap and slopes."""
-    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 <= softcap < float("inf"):
-        raise InputError(f"softcap is {softcap!r}; a finite number >= 0 is needed, 0 = off")
-    if alibi is None:
-        return Score.SOFTCAP if softcap else Score.PLAIN
-    if softcap:
-        raise UnsupportedProblem(
-            "softcap and alibi_slopes together: no kernel computes both (a score is either capped or biased)"
-        )
-    import torch
-
-    shapes = ((shape.heads,), (shape.batch, shape.heads))
-    if not isinstance(alibi, torch.Tensor) or tuple(alibi.shape) not in shapes:
-        got = tuple(alibi.shape) if isinstance(alibi, torch.Tensor) else repr(alibi)
-        raise InputError(f"alibi_slopes is {got}; a tensor of shape {shapes[0]} or {shapes[1]} is needed")
-    if alibi.dtype is not torch.float32 or alibi.device != device:
-        raise InputError(
-            f"alibi_slopes is {alibi.dtype} on {alibi.device}; torch.float32 on {device} is needed"
-        )
-    return Score.ALIBI
+    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras)
 
 
 def _arch(index: int) -> Arch:
@@ -249,14 +309,16 @@ def _arch(index: int) -> Arch:
 
 
 def _problem(
-    arch: Arch, q: Any, shape: launch.Shape, opts: launch.Options, score: Score
+    arch: Arch, q: Any, shape: call.Shape, opts: call.Options, extras: Extras
 ) -> Problem:
     return Problem(
         arch=arch,
         dtype=tensors.dtype_of("q", q),
         head_dim=shape.head_dim,
         head_dim_v=shape.head_dim_v,
-        score=score,
+        mask=call.mask(extras),
+        score=call.score(opts, extras),
+        kv=shape.kv,
         varlen=shape.varlen,
         batch=shape.batch,
         seqlen_q=shape.seqlen_q,
@@ -269,14 +331,14 @@ def _problem(
 
 
 def _in_torch(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, causal: bool, window: Window, scale: Any, softcap: float, alibi: Any,
-    used: Any, out: Any, return_lse: bool,
+    q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, return_lse: bool
 ) -> Any:  # fmt: skip
     """Plain torch with the same semantics, fp32 inside: CPU tensors, and ``fallback="torch"``."""
     import torch
 
+    cu_q, cu_k, _, _, used, _ = lengths
     shared: dict[str, Any] = {
-        "causal": causal, "window": window, "scale": scale, "softcap": softcap, "alibi_slopes": alibi,
+        **options, "alibi_slopes": extras.alibi_slopes, "sinks": extras.sinks, "page_table": extras.page_table,
         "seqused_k": used, "compute_dtype": torch.float32,
     }  # fmt: skip
     if cu_q is None:
@@ -302,6 +364,11 @@ def plan(
     causal: bool = False,
     window: Window = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    attention_chunk: int | None = None,
+    page_table: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     device: str | None = None,
@@ -312,18 +379,21 @@ def plan(
 
     Args:
         q, k, v: example tensors; only their geometry is kept. The other arguments are those of ``attention`` and
-            ``attention_varlen``.
+            ``attention_varlen``; with page_table those of ``attention_with_kvcache``, cache_seqlens as seqused_k.
 
     Returns:
-        a Plan; ``run(q, k, v, out=, return_lse=, cu_seqlens_q=, cu_seqlens_k=, seqused_k=, stream=)`` launches it.
+        a Plan; ``run(q, k, v, out=, return_lse=, stream=)`` with the tensors among ``cu_seqlens_q=, cu_seqlens_k=,
+        seqused_k=, alibi_slopes=, sinks=, page_table=`` that it was made with launches it.
 
     Raises:
         the errors of ``attention``; InputError also for CPU tensors without device="emulator", which need no plan.
     """
-    made = _make_plan(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, 0.0, None, seqused_k,
-        out, device, None, None,
-    )  # fmt: skip
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
+    options = {
+        "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": attention_chunk
+    }  # fmt: skip
+    extras = Extras(alibi_slopes, sinks, page_table)
+    made = _make_plan(q, k, v, lengths, options, extras, out, device, None, None)
     if made is None:
         raise InputError(
             "CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors"
@@ -358,13 +428,17 @@ def explain(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    attention_chunk: int | None = None,
+    page_table: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     device: str | None = None,
 ) -> Trace:
     """Which kernel a call would use, and why the nearest others would not do. Launches and loads nothing.
 
     Args:
-        q: a ``Problem``, or the tensors and options of a call. CPU tensors are explained for the emulator's arch.
+        q: a ``Problem``, or the tensors and options of a call (as for ``plan``). CPU tensors are explained for the
+            emulator's arch.
 
     Returns:
         a Trace; ``chosen`` is None when no kernel computes the problem, ``str()`` prints it.
@@ -374,16 +448,16 @@ def explain(
     """
     if isinstance(q, Problem):
         return dispatch.trace(q)
-    shape = launch.check_call(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-    )  # fmt: skip
-    opts = launch.options(causal=causal, window=window, scale=scale)
-    score = _score(softcap, alibi_slopes, shape, q.device)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
+    extras = Extras(alibi_slopes, sinks, page_table)
+    shape = _checked(q, k, v, lengths, extras)
+    opts = call.options(
+        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
+    )
     emulated = launch.emulated_arch(device)
     on_cpu = q.device.type == "cpu"
     arch = emulated or (Arch.SM80 if on_cpu else _arch(q.device.index))
-    return dispatch.trace(_problem(arch, q, shape, opts, score))
+    return dispatch.trace(_problem(arch, q, shape, opts, extras))
 
 
 def is_supported(*args: Any, **kwargs: Any) -> list[str]:

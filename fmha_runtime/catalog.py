@@ -81,6 +81,11 @@ _TILES: dict[tuple[int, int], tuple[str, str, str]] = {
     (192, 128): ("64x64 w4 s2 c1", "128x32 w4 s2 c2", "64x32 w4 s2 c1"),
 }
 
+_FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
+    (Mask.BAND, score, KvLayout.CONTIGUOUS) for score in Score
+)
+"""Masks, scores and KV layouts that are built for every head dim."""
+
 _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
     for dtype in ("fp16", "bf16")
@@ -93,11 +98,12 @@ _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
 def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
     """The kernels of the catalogue, of one arch or of all, sorted by name."""
     specs = (
-        KernelSpec(Op.FWD, each, dtype, *dims)
+        KernelSpec(Op.FWD, each, dtype, *dims, *features)
         for each in Arch
         if arch is None or each is arch
         for dtype in (DType.FP16, DType.BF16)
         for dims in HEAD_DIMS
+        for features in _FEATURES
     )
     return tuple(sorted(specs, key=lambda spec: spec.name))
 
@@ -109,7 +115,7 @@ def exists(spec: KernelSpec) -> bool:
         and spec.arch in _COLUMN
         and spec.dtype in (DType.FP16, DType.BF16)
         and (spec.head_dim, spec.head_dim_v) in _TILES
-        and (spec.mask, spec.score, spec.kv) == (Mask.BAND, Score.PLAIN, KvLayout.CONTIGUOUS)
+        and (spec.mask, spec.score, spec.kv) in _FEATURES
     )
 
 

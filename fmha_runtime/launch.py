@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import build, catalog, config, driver, emulator, manifest, tensors
+from . import build, call, catalog, config, driver, emulator, manifest, tensors
+from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
 from .errors import InputError, KernelNotBuilt
 from .params import UNLIMITED, FwdParams
@@ -26,194 +26,6 @@ Kernel = Any  # driver.Kernel or emulator.Kernel: the same interface, no common 
 
 EMULATED_L2 = 16 << 20
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a call asks besides its tensors, checked and normalised by ``options``."""
-
-    window_left: int = UNLIMITED
-    window_right: int = UNLIMITED
-    scale: float | None = None  # None: 1 / sqrt(head dim)
-    causal: bool = False
-
-    @property
-    def window(self) -> tuple[int | None, int | None]:
-        """(left, right) with None for unlimited."""
-        left, right = self.window_left, self.window_right
-        return (None if left == UNLIMITED else left, None if right == UNLIMITED else right)
-
-
-def options(
-    *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-) -> Options:
-    """Checks the run-time options of a call.
-
-    Raises:
-        InputError: a window that is not two bounds, a bound that is negative or absurd, a window that reaches right
-            of the diagonal of a causal call, or a scale that is not a positive finite number.
-    """
-    if not isinstance(causal, bool):
-        raise InputError(f"causal is {causal!r}; True or False is needed")
-    bounds = (None, None) if window is None else window
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise InputError(
-            f"window is {window!r}; a pair (left, right) of visible keys on either side of the diagonal is needed, "
-            "None = unlimited"
-        )
-    left = _bound("left", bounds[0])
-    right = _bound("right", bounds[1])
-    if causal:
-        if right not in (0, UNLIMITED):
-            raise InputError(
-                f"causal=True and window right bound {right} contradict each other: "
-                "causal means a right bound of 0; drop one of the two"
-            )
-        right = 0
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise InputError(f"scale is {scale!r}; a Python float is needed (default 1/sqrt(head_dim))")
-        if not (math.isfinite(scale) and scale > 0):
-            raise InputError(
-                f"scale is {scale}; it must be a positive finite number (default 1/sqrt(head_dim))"
-            )
-        scale = float(scale)
-    return Options(left, right, scale, causal)
-
-
-def _bound(side: str, value: object) -> int:
-    if value is None or value == -1:
-        return UNLIMITED
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"the {side} window bound is {value!r}; an int or None is needed")
-    if not 0 <= value <= tensors.MAX_SEQLEN:
-        raise InputError(
-            f"the {side} window bound is {value}; it counts visible keys, 0 to {tensors.MAX_SEQLEN}, "
-            "and None (or -1) means unlimited"
-        )
-    return value
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a checked call. For varlen, seqlen_q and seqlen_k are the caller's upper bounds."""
-
-    batch: int
-    heads: int
-    heads_k: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    total_q: int | None = None  # tokens of a varlen batch
-
-    @property
-    def varlen(self) -> bool:
-        """Whether q is [tokens, heads, dim]."""
-        return self.total_q is not None
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        """Shape of the output."""
-        rows = (self.batch, self.seqlen_q) if self.total_q is None else (self.total_q,)
-        return (*rows, self.heads, self.head_dim_v)
-
-    @property
-    def lse(self) -> tuple[int, ...]:
-        """Shape of the log-sum-exp."""
-        if self.total_q is None:
-            return (self.batch, self.heads, self.seqlen_q)
-        return (self.heads, self.total_q)
-
-
-def check_call(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    seqused_k: Any = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    out: Any = None,
-) -> Shape:
-    """All rules about the tensors of one call.
-
-    Raises:
-        InputError: names the rule, the offender and what to do.
-    """
-    varlen = cu_seqlens_q is not None
-    if varlen != (cu_seqlens_k is not None):
-        raise InputError("cu_seqlens_q and cu_seqlens_k come together: one of them is missing")
-    rank = 3 if varlen else 4
-    rows = "[tokens" if varlen else "[batch, seq"
-    for name, tensor, heads, dim in (
-        ("q", q, "heads", "head_dim"),
-        ("k", k, "heads_k", "head_dim"),
-        ("v", v, "heads_k", "head_dim_v"),
-    ):
-        tensors.check_tensor(name, tensor, rank, f"{rows}, {heads}, {dim}]")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype is not q.dtype:
-            raise InputError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: all three must agree")
-        if tensor.device != q.device:
-            raise InputError(
-                f"{name} is on {tensor.device}, q is on {q.device}: all tensors of a call are on one device"
-            )
-    heads, heads_k = q.shape[-2], k.shape[-2]
-    if k.shape[-1] != q.shape[-1]:
-        raise InputError(f"q has head dim {q.shape[-1]}, k has {k.shape[-1]}: they must be equal")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise InputError(
-            f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: all but the head dim must be equal"
-        )
-    if heads_k == 0 or heads % heads_k:
-        raise InputError(
-            f"{heads} query heads cannot share {heads_k} key/value heads evenly: heads must be a multiple of heads_k"
-        )
-    if varlen:
-        lengths = (_max_seqlen("max_seqlen_q", max_seqlen_q), _max_seqlen("max_seqlen_k", max_seqlen_k))
-        if not hasattr(cu_seqlens_q, "shape") or len(cu_seqlens_q.shape) != 1 or cu_seqlens_q.shape[0] < 1:
-            raise InputError(
-                "cu_seqlens_q must be an int32 tensor of batch + 1 offsets that start at 0, got "
-                f"{tuple(cu_seqlens_q.shape) if hasattr(cu_seqlens_q, 'shape') else cu_seqlens_q!r}"
-            )
-        batch = cu_seqlens_q.shape[0] - 1
-        tensors.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q.device)
-        tensors.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, q.device)
-        total = q.shape[0]
-    else:
-        batch = q.shape[0]
-        if k.shape[0] != batch:
-            raise InputError(f"q has batch {batch}, k and v have {k.shape[0]}: they must be equal")
-        lengths = (_max_seqlen("q's length", q.shape[1]), _max_seqlen("k's length", k.shape[1]))
-        total = None
-    if seqused_k is not None:
-        tensors.check_index("seqused_k", seqused_k, batch, q.device)
-    shape = Shape(batch, heads, heads_k, *lengths, q.shape[-1], v.shape[-1], total)
-    if out is not None:
-        tensors.check_tensor("out", out, rank, f"{rows}, heads, head_dim_v]")
-        if tuple(out.shape) != shape.out or out.dtype is not q.dtype or out.device != q.device:
-            raise InputError(
-                f"out is {out.dtype} {tuple(out.shape)} on {out.device}; this call needs "
-                f"{q.dtype} {shape.out} on {q.device}"
-            )
-        if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-            raise InputError("out has a stride of 0: several results would share one place in memory")
-    return shape
-
-
-def _max_seqlen(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= tensors.MAX_SEQLEN:
-        raise InputError(
-            f"{name} is {value!r}; a Python int from 0 to {tensors.MAX_SEQLEN} is needed "
-            "(an upper bound is allowed; it is not read from the device)"
-        )
-    return value
 
 
 def emulated_arch(device: object) -> Arch | None:
@@ -306,10 +118,12 @@ class Plan:
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor | None = None,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
         import torch
 
         self.spec, self.tile, self.kernel, self.shape, self.options = spec, tile, kernel, shape, opts
+        self._asked = extras.given
         self.geometry = (geometry(q), geometry(k), geometry(v))
         self._lock = threading.Lock()
         self._threads = tile.threads
@@ -326,7 +140,7 @@ class Plan:
             (p.v_stride, v.stride()),
             (p.o_stride, strides),
         ):
-            stride.batch = 0 if shape.varlen else own[0]
+            stride.batch = own[0] if len(own) == 4 else 0
             stride.row, stride.head = own[-3], own[-2]
         lse = _contiguous(shape.lse)
         p.lse_batch_stride = 0 if shape.varlen else lse[0]
@@ -337,8 +151,12 @@ class Plan:
         p.m_blocks = -(-shape.seqlen_q // tile.block_m)
         p.section_heads = self._section()
         p.longest_first = int(opts.window_right != UNLIMITED)
+        p.attention_chunk = opts.attention_chunk
+        p.chunk_multiplier, p.chunk_shift = chunk_reciprocal(opts.attention_chunk)
         p.scale = opts.scale if opts.scale is not None else shape.head_dim**-0.5
-        p.scale_log2 = p.scale * LOG2_E
+        p.scale_log2 = (opts.softcap or p.scale) * LOG2_E
+        p.tanh_scale = p.scale / opts.softcap if opts.softcap else 0.0
+        self._place(extras)
         self.grid = p.m_blocks * shape.batch * shape.heads
         if self.grid >= 1 << 31:
             raise InputError(
@@ -346,6 +164,16 @@ class Plan:
             )
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(p))
         self._argument_address = ctypes.addressof(self._argument)
+
+    def _place(self, extras: Extras) -> None:
+        """What the parameter block says of the optional tensors, their addresses aside."""
+        p, slopes, table = self._params, extras.alibi_slopes, extras.page_table
+        if slopes is not None:
+            p.alibi_batch_stride = slopes.stride(0) if slopes.ndim == 2 else 0
+        if table is not None:
+            assert self.shape.page_size is not None
+            p.page_table_stride = table.stride(0)
+            p.page_bits = self.shape.page_size.bit_length() - 1
 
     def _section(self) -> int:
         """Query heads that run side by side: as many as keep their K and V in a quarter of the L2."""
@@ -366,6 +194,9 @@ class Plan:
         cu_seqlens_q: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
         seqused_k: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        page_table: torch.Tensor | None = None,
         stream: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Launches on tensors with the geometry that the plan was made for.
@@ -374,7 +205,7 @@ class Plan:
             out, or (out, lse) with lse fp32 in natural log.
 
         Raises:
-            InputError: another geometry, or a misaligned address.
+            InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
         if (geometry(q), geometry(k), geometry(v)) != self.geometry:
             self._refuse(q, k, v)
@@ -383,8 +214,14 @@ class Plan:
                 f"out has shape {tuple(out.shape)} and strides {out.stride()}; this plan writes "
                 f"{self.shape.out} with strides {tuple(self._out_strides)}"
             )
+        extras = Extras(alibi_slopes, sinks, page_table)
+        if extras.given != self._asked:
+            raise InputError(
+                "a plan is for one set of optional tensors (alibi_slopes, sinks, page_table): "
+                f"this one was made with {self._asked}, this run has {extras.given}"
+            )
         return self.launch(
-            q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream
+            q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras
         )
 
     def _refuse(self, *given: torch.Tensor) -> None:
@@ -406,6 +243,7 @@ class Plan:
         cu_seqlens_k: torch.Tensor | None,
         seqused_k: torch.Tensor | None,
         stream: int | None,
+        extras: Extras = NO_EXTRAS,
     ) -> Any:
         """``run`` without the geometry check, for callers that looked the plan up by geometry."""
         torch = self._torch
@@ -426,8 +264,12 @@ class Plan:
                 p.cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.data_ptr()
                 p.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.data_ptr()
                 p.seqused_k = None if seqused_k is None else seqused_k.data_ptr()
+                if extras is not NO_EXTRAS:
+                    p.alibi_slopes = _address(extras.alibi_slopes)
+                    p.sinks = _address(extras.sinks)
+                    p.page_table = _address(extras.page_table)
                 if self._emulated:
-                    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
+                    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
                     self._emulate(inputs, (out, lse))
                 else:
                     self._enqueue(stream)
@@ -467,6 +309,22 @@ def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
+def chunk_reciprocal(chunk: int) -> tuple[int, int]:
+    """(multiplier, shift) with ``((2 * p + 1) * multiplier >> 32) >> shift == p // chunk`` for positions p up to 2^29.
+
+    Division by an invariant number (Granlund and Montgomery, 1994); the factor 2 leaves room for rounding, so that the
+    multiplier fits an int32 for every chunk.
+    """
+    if chunk == 0:
+        return 0, 0
+    shift = max(0, (2 * chunk - 1).bit_length() - 2)
+    return min((1 << 31) - 1, -(-(1 << (32 + shift)) // (2 * chunk))), shift
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1]
     for n in reversed(shape[1:]):
@@ -484,6 +342,11 @@ def run(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    attention_chunk: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
@@ -494,20 +357,27 @@ def run(
     stream: int | None = None,
     tile: Tile | None = None,
 ) -> Any:
-    """One call on exactly this kernel, with the checks of ``attention()``: what verification is built on.
+    """One call on exactly this kernel, with the checks of the public calls: what verification is built on.
 
     Raises:
         InputError: bad tensors or options, or a problem that this kernel does not compute.
     """
-    shape = check_call(
+    extras = Extras(alibi_slopes, sinks, page_table)
+    shape = call.check_call(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, out=out,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, out=out, extras=extras, cache=page_table is not None,
     )  # fmt: skip
-    wanted = (tensors.dtype_of("q", q), shape.head_dim, shape.head_dim_v)
-    if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v):
+    opts = call.options(
+        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
+    )
+    dtype, score, mask = tensors.dtype_of("q", q), call.score(opts, extras), call.mask(extras)
+    wanted = (dtype, shape.head_dim, shape.head_dim_v, mask, score, shape.kv)
+    if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v, spec.mask, spec.score, spec.kv):
         raise InputError(
-            f"{spec.name} does not compute {wanted[0].value} with head dims {wanted[1]}x{wanted[2]}"
+            f"{spec.name} does not compute {dtype.value} with head dims {wanted[1]}x{wanted[2]}, {mask.value} mask, "
+            f"{score.value} scores, {shape.kv.value} K and V"
         )
-    opts = options(causal=causal, window=window, scale=scale)
-    plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out)
-    return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream)
+    plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras)
+    return plan.launch(
+        q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras
+    )

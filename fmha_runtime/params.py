@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 1
+ABI = 2
 """Must equal FMHA_ABI in params.h; a cubin with another number is never launched."""
 
 UNLIMITED = 1 << 30
@@ -34,12 +34,20 @@ class FwdParams(ctypes.Structure):
         ("cu_seqlens_q", ctypes.c_void_p),
         ("cu_seqlens_k", ctypes.c_void_p),
         ("seqused_k", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("alibi_slopes", ctypes.c_void_p),
+        ("page_table", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("mask_any", ctypes.c_void_p),
         ("q_stride", Strides),
         ("k_stride", Strides),
         ("v_stride", Strides),
         ("o_stride", Strides),
         ("lse_batch_stride", ctypes.c_int64),
         ("lse_head_stride", ctypes.c_int64),
+        ("page_table_stride", ctypes.c_int64),
+        ("mask_batch_stride", ctypes.c_int64),
+        ("mask_head_stride", ctypes.c_int64),
         ("batch", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("heads_per_kv", ctypes.c_int32),
@@ -50,6 +58,14 @@ class FwdParams(ctypes.Structure):
         ("m_blocks", ctypes.c_int32),
         ("section_heads", ctypes.c_int32),
         ("longest_first", ctypes.c_int32),
+        ("attention_chunk", ctypes.c_int32),
+        ("chunk_multiplier", ctypes.c_int32),
+        ("chunk_shift", ctypes.c_int32),
+        ("alibi_batch_stride", ctypes.c_int32),
+        ("page_bits", ctypes.c_int32),
+        ("mask_row_blocks", ctypes.c_int32),
+        ("mask_col_blocks", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
+        ("tanh_scale", ctypes.c_float),
     ]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Window = Sequence[int | None] | None
 
+_Extras = tuple["Tensor | None", "Tensor | None", "Tensor | None"]  # slopes, sinks, page table
+
 # Scores held at once: 2**24 doubles are 128 MiB, and a handful of such temporaries exist together.
 _MAX_SCORES = 1 << 24
 
@@ -35,6 +37,7 @@ class _Maths:
     right: int | None
     scale: float
     softcap: float
+    chunk: int  # 0: none
 
 
 def band(causal: bool = False, window: Window = None) -> tuple[int | None, int | None]:
@@ -62,15 +65,18 @@ def attention(
     window: Window = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    attention_chunk: int | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q [B, Sq, H, D]``, ``k [B, Sk, Hk, D]``, ``v [B, Sk, Hk, Dv]``, on any device.
 
     Returns:
         ``out [B, Sq, H, Dv]`` and ``lse [B, H, Sq]`` (natural log), both in ``compute_dtype``
-        (default float64). A query that sees no key has output 0 and LSE -inf.
+        (default float64). A query that sees no key has output 0 and LSE -inf (with sinks: the sink).
 
     Raises:
         InputError: ``window`` is malformed. Shapes are the caller's business.
@@ -78,8 +84,9 @@ def attention(
     import torch
 
     dtype = compute_dtype or torch.float64
-    maths = _maths(dtype, dtype, q, causal, window, scale, softcap)
-    return _dense(maths, q, k, v, alibi_slopes, seqused_k)
+    maths = _maths(dtype, dtype, q, causal, window, scale, softcap, attention_chunk)
+    extras = (alibi_slopes, sinks, page_table)
+    return _dense(maths, q, k, v, seqused_k, extras)
 
 
 def attention_varlen(
@@ -87,14 +94,17 @@ def attention_varlen(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     *,
     causal: bool = False,
     window: Window = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    attention_chunk: int | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences: ``q [Tq, H, D]``, ``k [Tk, Hk, D]``, ``v [Tk, Hk, Dv]``.
@@ -111,8 +121,9 @@ def attention_varlen(
     import torch
 
     dtype = compute_dtype or torch.float64
-    maths = _maths(dtype, dtype, q, causal, window, scale, softcap)
-    return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k)
+    maths = _maths(dtype, dtype, q, causal, window, scale, softcap, attention_chunk)
+    extras = (alibi_slopes, sinks, page_table)
+    return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
 
 
 def baseline(
@@ -124,8 +135,11 @@ def baseline(
     window: Window = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    attention_chunk: int | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same maths with both matrix products in the input dtype and the softmax in float32.
 
@@ -136,8 +150,11 @@ def baseline(
     """
     import torch
 
-    maths = _maths(q.dtype, torch.float32, q, causal, window, scale, softcap)
-    return _dense(maths, q, k, v, alibi_slopes, seqused_k)
+    maths = _maths(
+        q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk
+    )
+    extras = (alibi_slopes, sinks, page_table)
+    return _dense(maths, q, k, v, seqused_k, extras)
 
 
 def baseline_varlen(
@@ -145,20 +162,26 @@ def baseline_varlen(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     *,
     causal: bool = False,
     window: Window = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    attention_chunk: int | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``baseline`` of packed sequences: ``out [Tq, H, Dv]``, ``lse [H, Tq]`` in float32."""
     import torch
 
-    maths = _maths(q.dtype, torch.float32, q, causal, window, scale, softcap)
-    return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqused_k)
+    maths = _maths(
+        q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk
+    )
+    extras = (alibi_slopes, sinks, page_table)
+    return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
 
 
 def _maths(
@@ -169,21 +192,22 @@ def _maths(
     window: Window,
     scale: float | None,
     softcap: float,
+    attention_chunk: int | None,
 ) -> _Maths:
     left, right = band(causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _Maths(matmul_dtype, softmax_dtype, left, right, scale, float(softcap))
+    return _Maths(matmul_dtype, softmax_dtype, left, right, scale, float(softcap), attention_chunk or 0)
 
 
 def _dense(
-    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seqused_k: Tensor | None
+    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor | None, extras: _Extras
 ) -> tuple[Tensor, Tensor]:
     batch, rows, heads, _ = q.shape
     out = q.new_zeros(batch, rows, heads, v.shape[-1], dtype=maths.matmul_dtype)
     lse = q.new_full((batch, heads, rows), float("-inf"), dtype=maths.softmax_dtype)
     keys = [k.shape[1]] * batch if seqused_k is None else seqused_k.tolist()
     for b in range(batch):
-        part = _sequence(maths, q[b], k[b, : keys[b]], v[b, : keys[b]], _slopes_of(slopes, b))
+        part = _sequence(maths, q[b], *_cached(k, v, b, keys[b], extras), *_of(extras, b))
         out[b], lse[b] = part
     return out, lse
 
@@ -194,29 +218,46 @@ def _varlen(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    slopes: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     seqused_k: Tensor | None,
+    extras: _Extras,
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, _ = q.shape
     out = q.new_zeros(tokens, heads, v.shape[-1], dtype=maths.matmul_dtype)
     lse = q.new_full((heads, tokens), float("-inf"), dtype=maths.softmax_dtype)
-    first_q, first_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    first_q = cu_seqlens_q.tolist()
+    first_k = None if cu_seqlens_k is None else cu_seqlens_k.tolist()
     used = None if seqused_k is None else seqused_k.tolist()
     for b in range(len(first_q) - 1):
         q_range = slice(first_q[b], first_q[b + 1])
-        k_range = slice(first_k[b], first_k[b + 1] if used is None else first_k[b] + used[b])
-        part = _sequence(maths, q[q_range], k[k_range], v[k_range], _slopes_of(slopes, b))
+        if first_k is None:  # K and V are a cache
+            assert used is not None
+            keys, values = _cached(k, v, b, used[b], extras)
+        else:
+            k_range = slice(first_k[b], first_k[b + 1] if used is None else first_k[b] + used[b])
+            keys, values = k[k_range], v[k_range]
+        part = _sequence(maths, q[q_range], keys, values, *_of(extras, b))
         out[q_range], lse[:, q_range] = part
     return out, lse
 
 
-def _slopes_of(slopes: Tensor | None, b: int) -> Tensor | None:
-    return slopes[b] if slopes is not None and slopes.ndim == 2 else slopes
+def _cached(k: Tensor, v: Tensor, b: int, length: int, extras: _Extras) -> tuple[Tensor, Tensor]:
+    """The keys and values of one sequence: rows of a dense tensor, or gathered from its pages."""
+    table = extras[2]
+    if table is None:
+        return k[b, :length], v[b, :length]
+    pages = table[b, : -(-length // k.shape[1])].long()
+    return k[pages].flatten(0, 1)[:length], v[pages].flatten(0, 1)[:length]
+
+
+def _of(extras: _Extras, b: int) -> tuple[Tensor | None, Tensor | None]:
+    """ALiBi slopes and sinks of one sequence."""
+    slopes, sinks, _ = extras
+    return (slopes[b] if slopes is not None and slopes.ndim == 2 else slopes), sinks
 
 
 def _sequence(
-    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None
+    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One sequence whose keys all exist: q [Sq, H, D] -> out [Sq, H, Dv] and lse [H, Sq]."""
     import torch
@@ -224,12 +265,14 @@ def _sequence(
     (sq, heads, _), (sk, kv_heads, _), dv = q.shape, k.shape, v.shape[-1]
     if sq == 0 or sk == 0:
         out = q.new_zeros(sq, heads, dv, dtype=maths.matmul_dtype)
-        return out, q.new_full((heads, sq), float("-inf"), dtype=maths.softmax_dtype)
+        lse = q.new_full((heads, sq), float("-inf"), dtype=maths.softmax_dtype)
+        return out, lse if sinks is None else sinks.to(lse.dtype)[:, None].expand_as(lse).clone()
     group = heads // kv_heads  # query head h reads KV head h // group
     q = q.to(maths.matmul_dtype).transpose(0, 1).unflatten(0, (kv_heads, group)) * maths.scale
     k = k.to(maths.matmul_dtype).permute(1, 2, 0)
     v = v.to(maths.matmul_dtype).transpose(0, 1)
     bias = None if slopes is None else -slopes.to(maths.softmax_dtype).view(kv_heads, group, 1, 1)
+    sink = None if sinks is None else sinks.to(maths.softmax_dtype).view(kv_heads, group, 1, 1)
     step = max(1, _MAX_SCORES // (heads * sk))
     parts = []
     for begin in range(0, sq, step):
@@ -248,10 +291,18 @@ def _sequence(
             score = score.masked_fill(past > maths.left, float("-inf"))
         if maths.right is not None:
             score = score.masked_fill(-past > maths.right, float("-inf"))
+        if maths.chunk:
+            other = (i - past).div(maths.chunk, rounding_mode="floor") != i.div(
+                maths.chunk, rounding_mode="floor"
+            )
+            score = score.masked_fill(other, float("-inf"))
+        if sink is not None:  # one more key, whose value is nothing
+            score = torch.cat([score, sink.expand(*score.shape[:-1], 1)], -1)
         top = score.amax(-1, keepdim=True)
         weight = torch.exp(score - top.masked_fill(top == float("-inf"), 0.0))
         total = weight.sum(-1, keepdim=True)
         weight = (weight / total.masked_fill(total == 0, 1.0)).to(maths.matmul_dtype)
+        weight = weight[..., :sk]
         part = torch.matmul(weight.flatten(1, 2), v).unflatten(1, (group, rows))
         parts.append((part, (top + torch.log(total)).squeeze(-1)))
     out = torch.cat([part for part, _ in parts], 2).flatten(0, 1).transpose(0, 1)

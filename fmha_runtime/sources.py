@@ -14,7 +14,7 @@ from pathlib import Path
 from . import catalog, config
 from .catalog import Tile
 from .errors import ArtifactError
-from .spec import Arch, DType, KernelSpec, Op
+from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
 
 _FAMILY = {Op.FWD: "fwd_sm80"}
 _ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}
@@ -39,7 +39,7 @@ def render(spec: KernelSpec, tile: Tile) -> str:
     flag = "true" if tile.q_in_regs else "false"
     family = _FAMILY[spec.op]
     numbers = (spec.head_dim, spec.head_dim_v, tile.block_m, tile.block_n, tile.warps, tile.stages)
-    traits = ", ".join([_ELEMENT[spec.dtype], *map(str, numbers), flag])
+    traits = ", ".join([_ELEMENT[spec.dtype], *map(str, numbers), flag, *_features(spec)])
     return f"""#include "{header(spec)}"
 using Traits = fmha::FwdTraits<{traits}>;
 static_assert(Traits::kSmemBytes == {catalog.smem_bytes(spec, tile)}, \
@@ -47,6 +47,16 @@ static_assert(Traits::kSmemBytes == {catalog.smem_bytes(spec, tile)}, \
 FMHA_KERNEL({spec.name}, fmha::FwdParams, {tile.threads}, {tile.ctas_per_sm}) {{ \
 fmha::{family}<Traits>(params); }}
 """
+
+
+def _features(spec: KernelSpec) -> list[str]:
+    """The template arguments that say which features a kernel has; the last ones that are off are left out."""
+    flags = [spec.mask is Mask.PACKED, spec.kv is KvLayout.PAGED]
+    words = [f"fmha::Score::k{spec.score.value.capitalize()}", *(str(x).lower() for x in flags)]
+    plain = ["fmha::Score::kPlain", "false", "false"]
+    while words and words[-1] == plain[len(words) - 1]:
+        words.pop()
+    return words
 
 
 def flags(arch: Arch) -> tuple[str, ...]:

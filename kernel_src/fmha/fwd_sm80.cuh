@@ -9,6 +9,7 @@
 #include "epilogue.cuh"
 #include "params.h"
 #include "scheduler.cuh"
+#include "score.cuh"
 #include "seqlen.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
@@ -122,6 +123,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     const int row_end = row_begin + Traits::kBlockM < seq.q_len ? row_begin + Traits::kBlockM : seq.q_len;
     const Band band(p, seq);
     const KvRange range(band, row_begin, row_end, Traits::kBlockN);
+    const ScoreMod<Traits::kScore> score(p, tile.batch, tile.head, band.diagonal);
     const int kv_head = tile.head / p.heads_per_kv;
     const int warp_row = row_begin + warp * Traits::kWarpRows;
 
@@ -148,6 +150,9 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
         }
     }
     Softmax<Traits::kMTiles> softmax;
+    if (p.sinks != nullptr) {
+        softmax.add_sink(ld_global_f32(p.sinks + tile.head), p.scale_log2, lane);
+    }
 
     if (range.begin < range.end) {
         const TileCopy<Traits::kBlockM, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> q_copy(
@@ -207,6 +212,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
                 }
                 qk_step<Traits, kStep>(s, a, address.k + stage_offset);
             });
+            score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
             if constexpr (kMasked) {
                 apply_band(s, band, warp_row, n_block * Traits::kBlockN, lane);
             }

@@ -5,11 +5,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FMHA_ABI 1
+#define FMHA_ABI 2
 
 namespace fmha {
 
-// Element strides of one tensor seen as [batch, row, head, dim]; dim is contiguous. For varlen tensors batch is 0.
+// Element strides of one tensor seen as [batch, row, head, dim]; dim is contiguous. For varlen tensors batch is 0, for a
+// pool of pages it is the step from page to page.
 struct Strides {
     int64_t batch;
     int64_t row;
@@ -25,12 +26,20 @@ struct FwdParams {
     const int32_t* cu_seqlens_q;  // [batch + 1], null: dense
     const int32_t* cu_seqlens_k;  // [batch + 1], null: dense
     const int32_t* seqused_k;     // [batch], null: all of K is used
+    const float* sinks;           // [heads], null: none
+    const float* alibi_slopes;    // alibi kernels: [heads], or [batch, heads] by alibi_batch_stride
+    const int32_t* page_table;    // paged kernels: [batch, pages of a sequence]
+    const uint32_t* mask;         // packed kernels: mask bits in fragment order (mask.cuh)
+    const uint32_t* mask_any;     // packed kernels: one bit a block of 64 x 64, set if any of its bits is
     Strides q_stride;
     Strides k_stride;
     Strides v_stride;
     Strides o_stride;
     int64_t lse_batch_stride;  // in floats; rows are contiguous
     int64_t lse_head_stride;
+    int64_t page_table_stride;  // entries of one sequence
+    int64_t mask_batch_stride;  // in row blocks of 64; 0: one mask for all
+    int64_t mask_head_stride;
     int32_t batch;
     int32_t heads;           // query heads
     int32_t heads_per_kv;    // query heads that share one KV head
@@ -41,8 +50,16 @@ struct FwdParams {
     int32_t m_blocks;        // query tiles per head
     int32_t section_heads;   // heads whose tiles run side by side, so that their K and V share the L2
     int32_t longest_first;   // 1: later query tiles (more keys under a causal mask) first
-    float scale;             // softmax scale
-    float scale_log2;        // scale * log2(e)
+    int32_t attention_chunk;     // queries see only keys of their own chunk of this many positions; 0: all
+    int32_t chunk_multiplier;    // (2 * position + 1) * multiplier >> 32 >> shift is position / attention_chunk
+    int32_t chunk_shift;
+    int32_t alibi_batch_stride;  // 0: all sequences share the slopes
+    int32_t page_bits;           // log2 of the tokens of a page
+    int32_t mask_row_blocks;     // size of a mask in blocks of 64 rows and of 64 columns; outside it nothing is seen
+    int32_t mask_col_blocks;
+    float scale;       // softmax scale
+    float scale_log2;  // what a finished score is multiplied by: scale * log2(e); softcap kernels: cap * log2(e)
+    float tanh_scale;  // softcap kernels: scale / cap
 };
 
 // Large enough for every sequence, small enough that row + offset + window stays inside an int32.
@@ -61,6 +78,6 @@ struct FwdTmaParams {
     FwdParams fwd;
 };
 
-static_assert(sizeof(FwdParams) == 224, "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
+static_assert(sizeof(FwdParams) == 320, "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
 
 }  // namespace fmha

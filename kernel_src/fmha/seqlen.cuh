@@ -38,17 +38,41 @@ struct Band {
     int diagonal;  // k_len - q_len
     int left;
     int right;
+    int chunk;  // 0: none
+    int chunk_multiplier;
+    int chunk_shift;
 
     FMHA_DEVICE Band(const FwdParams& p, const SeqlenInfo& seq)
-        : k_len(seq.k_len), diagonal(seq.k_len - seq.q_len), left(p.window_left), right(p.window_right) {}
+        : k_len(seq.k_len),
+          diagonal(seq.k_len - seq.q_len),
+          left(p.window_left),
+          right(p.window_right),
+          chunk(p.attention_chunk),
+          chunk_multiplier(p.chunk_multiplier),
+          chunk_shift(p.chunk_shift) {}
 
     FMHA_DEVICE int begin(int row) const {
-        const int b = row + diagonal - left;
+        int b = row + diagonal - left;
+        if (chunk != 0) {
+            const int first = chunk_begin(row);
+            b = b > first ? b : first;
+        }
         return b > 0 ? b : 0;
     }
     FMHA_DEVICE int end(int row) const {
-        const int e = row + diagonal + right + 1;
+        int e = row + diagonal + right + 1;
+        if (chunk != 0) {
+            const int past = chunk_begin(row) + chunk;
+            e = e < past ? e : past;
+        }
         return e < k_len ? (e > 0 ? e : 0) : k_len;
+    }
+
+    // First position of the chunk that holds a query: position / chunk * chunk, by a product with the reciprocal, which
+    // needs no registers to speak of. Rounded down, so that a query before position 0 has a chunk that ends there.
+    FMHA_DEVICE int chunk_begin(int row) const {
+        const int64_t product = static_cast<int64_t>(2 * (row + diagonal) + 1) * chunk_multiplier;
+        return (static_cast<int>(product >> 32) >> chunk_shift) * chunk;
     }
 };
 

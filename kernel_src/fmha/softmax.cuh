@@ -20,6 +20,21 @@ struct Softmax {
         }
     }
 
+    // A sink is a key without a value: it takes its share of the weights and adds nothing to O. It comes first, so that
+    // nothing overflows however large it is. `sink` is a natural logarithm, finite or -inf.
+    FMHA_DEVICE void add_sink(float sink, float scale_log2, int lane) {
+        constexpr float kLog2E = 1.44269504088896341f;
+        if (sink == kMinusInfinity) {
+            return;
+        }
+        const float raw = sink * kLog2E / scale_log2;
+        FMHA_UNROLL
+        for (int mt = 0; mt < kMTiles; ++mt) {
+            row_max[mt][0] = row_max[mt][1] = raw;
+            row_sum[mt][0] = row_sum[mt][1] = lane % 4 == 0 ? 1.f : 0.f;  // the sum is over the four lanes of a row
+        }
+    }
+
     // Turns S into P in place and returns by `shrink` what O must be multiplied by. kMasked: rows may still have seen no
     // key at all.
     template <bool kMasked, int kNTiles>

@@ -10,8 +10,11 @@ struct Bool {
     static constexpr bool value = kValue;
 };
 
+// What happens to a score besides the scale (score.cuh).
+enum class Score { kPlain, kAlibi, kSoftcap };
+
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_,
-          bool kQInRegs_>
+          bool kQInRegs_, Score kScore_ = Score::kPlain, bool kPacked_ = false, bool kPaged_ = false>
 struct FwdTraits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_;
@@ -21,6 +24,9 @@ struct FwdTraits {
     static constexpr int kWarps = kWarps_;
     static constexpr int kStages = kStages_;     // K and V tiles in shared memory
     static constexpr bool kQInRegs = kQInRegs_;  // keep Q's fragments instead of re-reading them each step
+    static constexpr Score kScore = kScore_;
+    static constexpr bool kPacked = kPacked_;  // a mask of bits on top of the band
+    static constexpr bool kPaged = kPaged_;    // K and V lie in pages
 
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kWarpRows = kBlockM / kWarps;

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call asks, checked and normalised: options, tensors, and the shape of the problem.
+
+Nothing here knows kernels or launches. ``Extras`` are the tensors that few calls have.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import tensors
+from .errors import InputError, UnsupportedProblem
+from .params import UNLIMITED
+from .spec import KvLayout, Mask, Score
+
+if TYPE_CHECKING:
+    import torch
+
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+"""Tokens of a page."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks besides its tensors, checked and normalised by ``options``."""
+
+    window_left: int = UNLIMITED
+    window_right: int = UNLIMITED
+    scale: float | None = None  # None: 1 / sqrt(head dim)
+    causal: bool = False
+    softcap: float = 0.0  # 0: off
+    attention_chunk: int = 0  # 0: off
+
+    @property
+    def window(self) -> tuple[int | None, int | None]:
+        """(left, right) with None for unlimited."""
+        left, right = self.window_left, self.window_right
+        return (None if left == UNLIMITED else left, None if right == UNLIMITED else right)
+
+
+def options(
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    attention_chunk: int | None = None,
+) -> Options:
+    """Checks the run-time options of a call.
+
+    Raises:
+        InputError: a window that is not two bounds, a bound that is negative or absurd, a window that reaches right
+            of the diagonal of a causal call, a scale that is not a positive finite number, a softcap that is not a
+            finite number >= 0, or a chunk that is not a positive int.
+    """
+    if not isinstance(causal, bool):
+        raise InputError(f"causal is {causal!r}; True or False is needed")
+    bounds = (None, None) if window is None else window
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise InputError(
+            f"window is {window!r}; a pair (left, right) of visible keys on either side of the diagonal is needed, "
+            "None = unlimited"
+        )
+    left = _bound("left", bounds[0])
+    right = _bound("right", bounds[1])
+    if causal:
+        if right not in (0, UNLIMITED):
+            raise InputError(
+                f"causal=True and window right bound {right} contradict each other: "
+                "causal means a right bound of 0; drop one of the two"
+            )
+        right = 0
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise InputError(f"scale is {scale!r}; a Python float is needed (default 1/sqrt(head_dim))")
+        if not (math.isfinite(scale) and scale > 0):
+            raise InputError(
+                f"scale is {scale}; it must be a positive finite number (default 1/sqrt(head_dim))"
+            )
+        scale = float(scale)
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
+        raise InputError(f"softcap is {softcap!r}; a finite number >= 0 is needed, 0 = off")
+    chunk = 0 if attention_chunk is None else attention_chunk
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 0 <= chunk <= tensors.MAX_SEQLEN:
+        raise InputError(
+            f"attention_chunk is {attention_chunk!r}; an int from 1 to {tensors.MAX_SEQLEN} is needed, None (or 0) = off"
+        )
+    return Options(left, right, scale, causal, float(softcap), chunk)
+
+
+def _bound(side: str, value: object) -> int:
+    if value is None or value == -1:
+        return UNLIMITED
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"the {side} window bound is {value!r}; an int or None is needed")
+    if not 0 <= value <= tensors.MAX_SEQLEN:
+        raise InputError(
+            f"the {side} window bound is {value}; it counts visible keys, 0 to {tensors.MAX_SEQLEN}, "
+            "and None (or -1) means unlimited"
+        )
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """The tensors that few calls have; None: not asked for."""
+
+    alibi_slopes: torch.Tensor | None = None  # [H] or [B, H] fp32
+    sinks: torch.Tensor | None = None  # [H] fp32
+    page_table: torch.Tensor | None = None  # [B, pages] int32
+
+    @property
+    def given(self) -> tuple[bool, ...]:
+        """Which of them are there."""
+        return tuple(x is not None for x in (self.alibi_slopes, self.sinks, self.page_table))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are there."""
+        return tuple(x for x in (self.alibi_slopes, self.sinks, self.page_table) if x is not None)
+
+
+NO_EXTRAS = Extras()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a checked call. For varlen, seqlen_q and seqlen_k are the caller's upper bounds."""
+
+    batch: int
+    heads: int
+    heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    total_q: int | None = None  # tokens of a varlen batch
+    page_size: int | None = None  # tokens of a page of K and V
+
+    @property
+    def varlen(self) -> bool:
+        """Whether q is [tokens, heads, dim]."""
+        return self.total_q is not None
+
+    @property
+    def kv(self) -> KvLayout:
+        """How K and V lie in memory."""
+        return KvLayout.CONTIGUOUS if self.page_size is None else KvLayout.PAGED
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the output."""
+        rows = (self.batch, self.seqlen_q) if self.total_q is None else (self.total_q,)
+        return (*rows, self.heads, self.head_dim_v)
+
+    @property
+    def lse(self) -> tuple[int, ...]:
+        """Shape of the log-sum-exp."""
+        if self.total_q is None:
+            return (self.batch, self.heads, self.seqlen_q)
+        return (self.heads, self.total_q)
+
+
+def check_call(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    seqused_k: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    out: Any = None,
+    extras: Extras = NO_EXTRAS,
+    cache: bool = False,
+) -> Shape:
+    """All rules about the tensors of one call.
+
+    Args:
+        extras: the optional tensors.
+        cache: K and V are a cache, [batch, seq, heads_k, dim] or a pool of pages, whatever the form of q.
+
+    Raises:
+        InputError: names the rule, the offender and what to do.
+    """
+    varlen = cu_seqlens_q is not None
+    if cache:
+        if cu_seqlens_k is not None:
+            raise InputError("a cache has no cu_seqlens_k: its lengths are cache_seqlens")
+        if seqused_k is None:
+            raise InputError("cache_seqlens is missing: an int32 tensor [batch] of keys in the cache is needed")
+    elif varlen != (cu_seqlens_k is not None):
+        raise InputError("cu_seqlens_q and cu_seqlens_k come together: one of them is missing")
+    rank = 3 if varlen else 4
+    rows = "[tokens" if varlen else "[batch, seq"
+    rank_k = 4 if cache else rank
+    rows_k = rows if not cache else "[batch, seq" if extras.page_table is None else "[pages, page_size"
+    tensors.check_tensor("q", q, rank, f"{rows}, heads, head_dim]")
+    tensors.check_tensor("k", k, rank_k, f"{rows_k}, heads_k, head_dim]")
+    tensors.check_tensor("v", v, rank_k, f"{rows_k}, heads_k, head_dim_v]")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype is not q.dtype:
+            raise InputError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: all three must agree")
+        if tensor.device != q.device:
+            raise InputError(
+                f"{name} is on {tensor.device}, q is on {q.device}: all tensors of a call are on one device"
+            )
+    heads, heads_k = q.shape[-2], k.shape[-2]
+    if k.shape[-1] != q.shape[-1]:
+        raise InputError(f"q has head dim {q.shape[-1]}, k has {k.shape[-1]}: they must be equal")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise InputError(
+            f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: all but the head dim must be equal"
+        )
+    if heads_k == 0 or heads % heads_k:
+        raise InputError(
+            f"{heads} query heads cannot share {heads_k} key/value heads evenly: heads must be a multiple of heads_k"
+        )
+    total = None
+    if varlen:
+        length_q = _max_seqlen("max_seqlen_q", max_seqlen_q)
+        if not hasattr(cu_seqlens_q, "shape") or len(cu_seqlens_q.shape) != 1 or cu_seqlens_q.shape[0] < 1:
+            raise InputError(
+                "cu_seqlens_q must be an int32 tensor of batch + 1 offsets that start at 0, got "
+                f"{tuple(cu_seqlens_q.shape) if hasattr(cu_seqlens_q, 'shape') else cu_seqlens_q!r}"
+            )
+        batch = cu_seqlens_q.shape[0] - 1
+        tensors.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q.device)
+        total = q.shape[0]
+    else:
+        batch = q.shape[0]
+        length_q = _max_seqlen("q's length", q.shape[1])
+    page_size = None
+    if extras.page_table is not None:
+        page_size = k.shape[1]
+        length_k = _check_pages(extras.page_table, page_size, batch, q.device)
+    elif varlen and not cache:
+        tensors.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, q.device)
+        length_k = _max_seqlen("max_seqlen_k", max_seqlen_k)
+    else:
+        if k.shape[0] != batch:
+            raise InputError(f"q has batch {batch}, k and v have {k.shape[0]}: they must be equal")
+        length_k = _max_seqlen("k's length", k.shape[1])
+    if seqused_k is not None:
+        tensors.check_index("cache_seqlens" if cache else "seqused_k", seqused_k, batch, q.device)
+    dims = (q.shape[-1], v.shape[-1])
+    shape = Shape(batch, heads, heads_k, length_q, length_k, *dims, total, page_size)
+    _check_extras(extras, shape, q.device)
+    if out is not None:
+        tensors.check_tensor("out", out, rank, f"{rows}, heads, head_dim_v]")
+        if tuple(out.shape) != shape.out or out.dtype is not q.dtype or out.device != q.device:
+            raise InputError(
+                f"out is {out.dtype} {tuple(out.shape)} on {out.device}; this call needs "
+                f"{q.dtype} {shape.out} on {q.device}"
+            )
+        if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+            raise InputError("out has a stride of 0: several results would share one place in memory")
+    return shape
+
+
+def _max_seqlen(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= tensors.MAX_SEQLEN:
+        raise InputError(
+            f"{name} is {value!r}; a Python int from 0 to {tensors.MAX_SEQLEN} is needed "
+            "(an upper bound is allowed; it is not read from the device)"
+        )
+    return value
+
+
+def _check_pages(table: Any, page_size: int, batch: int, device: torch.device) -> int:
+    """The rules of a page table; returns how many keys its rows can name."""
+    import torch
+
+    if page_size not in PAGE_SIZES:
+        raise InputError(
+            f"the cache has pages of {page_size} tokens (shape [pages, page_size, heads_k, dim]); "
+            f"supported are {', '.join(map(str, PAGE_SIZES))}: an HND pool goes in as pool.transpose(1, 2)"
+        )
+    if not isinstance(table, torch.Tensor) or table.dtype is not torch.int32:
+        got = table.dtype if isinstance(table, torch.Tensor) else type(table).__name__
+        raise InputError(f"page_table is {got}; an int32 tensor [batch, pages of a sequence] is needed")
+    if table.ndim != 2 or table.shape[0] != batch:
+        raise InputError(f"page_table has shape {tuple(table.shape)}; [{batch}, pages of a sequence] is needed")
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise InputError("the rows of page_table must be contiguous: call page_table.contiguous()")
+    if table.device != device:
+        raise InputError(f"page_table is on {table.device}, q is on {device}: move it with .to({str(device)!r})")
+    return _max_seqlen("the longest sequence of page_table", table.shape[1] * page_size)
+
+
+def _check_extras(extras: Extras, shape: Shape, device: torch.device) -> None:
+    each, own = (shape.heads,), (shape.batch, shape.heads)
+    if extras.alibi_slopes is not None:
+        _check_floats("alibi_slopes", extras.alibi_slopes, (each, own), device)
+    if extras.sinks is not None:
+        _check_floats("sinks", extras.sinks, (each,), device)
+
+
+def _check_floats(
+    name: str, tensor: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> None:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) not in shapes:
+        got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else repr(tensor)
+        allowed = " or ".join(map(str, shapes))
+        raise InputError(f"{name} is {got}; a tensor of shape {allowed} is needed")
+    if tensor.dtype is not torch.float32 or tensor.device != device:
+        raise InputError(f"{name} is {tensor.dtype} on {tensor.device}; torch.float32 on {device} is needed")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise InputError(f"the heads of {name} must be contiguous: call {name}.contiguous()")
+
+
+def score(opts: Options, extras: Extras) -> Score:
+    """Which scores a call asks for.
+
+    Raises:
+        UnsupportedProblem: a cap and a bias together.
+    """
+    if extras.alibi_slopes is None:
+        return Score.SOFTCAP if opts.softcap else Score.PLAIN
+    if opts.softcap:
+        raise UnsupportedProblem(
+            "softcap and alibi_slopes together: no kernel computes both (a score is either capped or biased)"
+        )
+    return Score.ALIBI
+
+
+def mask(extras: Extras) -> Mask:
+    """Which family of masks a call asks for."""
+    return Mask.BAND
