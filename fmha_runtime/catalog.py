@@ -82,7 +82,7 @@ _TILES: dict[tuple[int, int], tuple[str, str, str]] = {
 }
 
 _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
-    (Mask.BAND, score, KvLayout.CONTIGUOUS) for score in Score
+    (Mask.BAND, score, kv) for score in Score for kv in KvLayout
 )
 """Masks, scores and KV layouts that are built for every head dim."""
 
@@ -98,12 +98,12 @@ _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
 def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
     """The kernels of the catalogue, of one arch or of all, sorted by name."""
     specs = (
-        KernelSpec(Op.FWD, each, dtype, *dims, *features)
+        KernelSpec(Op.FWD, each, dtype, *dims, mask, score, kv)
         for each in Arch
         if arch is None or each is arch
         for dtype in (DType.FP16, DType.BF16)
         for dims in HEAD_DIMS
-        for features in _FEATURES
+        for mask, score, kv in _FEATURES
     )
     return tuple(sorted(specs, key=lambda spec: spec.name))
 

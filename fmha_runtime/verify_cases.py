@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from .call import PAGE_SIZES
 from .errors import InputError
 from .spec import KernelSpec, KvLayout, Mask, Score
 
@@ -60,6 +61,11 @@ class Case:
     scale_factor: float = 1.0  # of the default scale
     qk_size: float = 1.0  # standard deviation of q and k
     v_size: float = 1.0
+    softcap: float = 0.0
+    slopes: str = ""  # ALiBi slopes of "heads", or of "batch" and heads
+    sinks: float = 0.0  # standard deviation of the sinks; 0: none
+    chunk: int | None = None
+    page_size: int = 0  # 0: K and V are contiguous
     options: bool = False  # also check that every option changes the output
     quick: bool = False
 
@@ -74,6 +80,11 @@ class Case:
         text += "" if self.scale_factor == 1 else f" scale x{self.scale_factor}"
         text += "" if self.qk_size == 1 else f" q,k x{self.qk_size}"
         text += "" if self.v_size == 1 else f" v x{self.v_size}"
+        text += f" softcap={self.softcap}" if self.softcap else ""
+        text += f" alibi per {self.slopes}" if self.slopes else ""
+        text += f" sinks x{self.sinks}" if self.sinks else ""
+        text += f" chunk={self.chunk}" if self.chunk else ""
+        text += f" pages of {self.page_size}" if self.page_size else ""
         return f"{text} {self.layout}" + " options" * self.options
 
     @property
@@ -104,6 +115,7 @@ class Inputs:
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # max_seqlen_q, max_seqlen_k of varlen
+    features: dict[str, Any] = field(default_factory=dict)  # softcap, alibi_slopes, sinks, ...
 
 
 def cases(spec: KernelSpec) -> tuple[Case, ...]:
@@ -112,17 +124,36 @@ def cases(spec: KernelSpec) -> tuple[Case, ...]:
     Raises:
         InputError: no cases are written for kernels with this mask, score or KV layout.
     """
-    if (spec.mask, spec.score, spec.kv) != (Mask.BAND, Score.PLAIN, KvLayout.CONTIGUOUS):
+    if spec.mask is not Mask.BAND:
         raise InputError(
-            f"there are no verification cases for {spec.name}: only band masks, plain scores and "
-            "contiguous K and V are covered; add its cases to verify_cases.py"
+            f"there are no verification cases for {spec.name}: only band masks are covered; "
+            "add its cases to verify_cases.py"
         )
-    return _cases()
+    return _cases(spec.score, spec.kv)
 
 
-@lru_cache(maxsize=1)
-def _cases() -> tuple[Case, ...]:
-    return tuple(Case(id=i, **settings) for i, settings in enumerate(_settings()))
+@cache
+def _cases(score: Score, kv: KvLayout) -> tuple[Case, ...]:
+    return tuple(
+        Case(id=i, **settings, **_features(settings, i, score, kv))
+        for i, settings in enumerate(_settings())
+    )
+
+
+def _features(
+    settings: dict[str, Any], i: int, score: Score, kv: KvLayout
+) -> dict[str, Any]:
+    """What the kernel's features make of case ``i``; takes from ``settings`` what they exclude."""
+    more: dict[str, Any] = {}
+    if score is Score.SOFTCAP:
+        more["softcap"] = (30.0, 5.0, 50.0)[i % 3]
+    if score is Score.ALIBI:
+        more["slopes"] = ("heads", "batch")[i % 2]
+    if kv is KvLayout.PAGED:
+        more["page_size"] = PAGE_SIZES[i % len(PAGE_SIZES)]
+        if settings.get("layout") == "packed":  # a pool of pages is no slice of a projection
+            settings["layout"] = ("bshd", "bhsd", "sliced")[i % 3]
+    return more
 
 
 def _settings() -> Iterator[dict[str, Any]]:
@@ -184,6 +215,26 @@ def _settings() -> Iterator[dict[str, Any]]:
     }
 
 
+    # A key without a value in every row, small and overwhelming.
+    for i, size in enumerate((1.0, 30.0)):
+        for causal in (False, True):
+            yield {**_dense(2, 113, 70, 6, 2, causal), "sinks": size, "quick": causal == bool(i)}
+    yield {
+        **{"lens_q": ragged[0], "lens_k": ragged[1], "heads": 8, "kv_heads": 1},
+        **{"causal": True, "varlen": True, "sinks": 2.0},
+    }
+    # Chunks smaller and larger than a tile, on and off its edges.
+    for i, (chunk, sq, sk) in enumerate(
+        ((1, 33, 65), (37, 113, 203), (64, 128, 217), (100, 239, 300), (256, 300, 200), (8192, 70, 99))
+    ):
+        for causal in (False, True):
+            yield {
+                **_dense(2, sq, sk, 6, 2, causal, (20, None) if i == 3 else None),
+                **{"chunk": chunk, "sinks": float(i == 2), "quick": causal and i in (1, 3)},
+            }
+    yield {**_dense(1, 4096, 8192, 8, 1, True), "chunk": 2048}
+
+
 def _dense(
     batch: int,
     sq: int,
@@ -222,16 +273,78 @@ def inputs(spec: KernelSpec, case: Case, device: str) -> Inputs:
     _poison(case, v)
     if case.layout == "packed":
         q, k, v = _fused(q, k, v)
+    elif case.page_size:
+        q = _place(q, case.layout)
     else:
         q, k, v = (_place(x, case.layout) for x in (q, k, v))
     used = None if case.used_k is None else _int32(case.used_k, device)
+    features = _feature_tensors(case, random, device)
+    if case.page_size:
+        k, v, features["page_table"] = _paged(case, k, v, random)
+        used = _int32(case.used_k or case.lens_k, device)
+        if case.varlen:
+            cu_q = _int32(_offsets(case.lens_q), device)
+            longest = {"max_seqlen_q": max(case.lens_q)}
+            return Inputs(q[0], k, v, cu_q, None, used, longest, features)
     if not case.varlen:
-        return Inputs(q, k, v, seqused_k=used)
+        return Inputs(q, k, v, seqused_k=used, features=features)
     return Inputs(
         *(q[0], k[0], v[0], _int32(_offsets(case.lens_q), device)),
         *(_int32(_offsets(case.lens_k), device), used),
         extra={"max_seqlen_q": max(case.lens_q), "max_seqlen_k": max(case.lens_k)},
+        features=features,
     )
+
+
+def _feature_tensors(case: Case, random: torch.Generator, device: str) -> dict[str, Any]:
+    """The options that ask for a case's features; nothing where it has none."""
+    import torch
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=random, device=device)
+
+    found: dict[str, Any] = {}
+    if case.softcap:
+        found["softcap"] = case.softcap
+    if case.slopes:
+        shape = (case.heads,) if case.slopes == "heads" else (len(case.lens_q), case.heads)
+        found["alibi_slopes"] = uniform(*shape)
+    if case.sinks:
+        normal = torch.randn(case.heads, generator=random, device=device)
+        found["sinks"] = normal * case.sinks
+    if case.chunk:
+        found["attention_chunk"] = case.chunk
+    return found
+
+
+def _paged(
+    case: Case, k: Tensor, v: Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same keys and values in pages, shuffled, and the page table.
+
+    Page tails and pages of nobody are NaN, table entries past a sequence's end are no pages.
+    """
+    import torch
+
+    page, used = case.page_size, case.used_k or case.lens_k
+    counts = [-(-n // page) for n in used]
+    total = sum(counts) + 2
+    order = torch.randperm(total, generator=random, device=k.device)
+    table = torch.full((len(used), max(counts) + 1), 1 << 30, dtype=torch.int32, device=k.device)
+    starts = _offsets(case.lens_k)
+    pools = []
+    for x in (k, v):
+        pool = x.new_full((total, page, *x.shape[2:]), float("nan"))
+        first = 0
+        for b, (n, count) in enumerate(zip(used, counts, strict=True)):
+            own = order[first : first + count]
+            table[b, :count] = own.int()
+            rows = x.new_full((count * page, *x.shape[2:]), float("nan"))
+            rows[:n] = x[0, starts[b] : starts[b] + n] if case.varlen else x[b, :n]
+            pool[own] = rows.unflatten(0, (count, page)) if count else pool[own]
+            first += count
+        pools.append(_place(pool, case.layout))
+    return pools[0], pools[1], table
 
 
 def torch_dtype(spec: KernelSpec) -> torch.dtype:

@@ -137,7 +137,8 @@ class _Check:
     def _options(self) -> dict[str, Any]:
         case = self.case
         scale, used = case.scale(self.spec), self.given.seqused_k
-        return {"causal": case.causal, "window": case.window, "scale": scale, "seqused_k": used}
+        asked = {"causal": case.causal, "window": case.window, "scale": scale, "seqused_k": used}
+        return asked | self.given.features
 
     def _reference(self, dense: Callable[..., Any], varlen: Callable[..., Any]) -> Any:
         given = self.given
@@ -255,7 +256,13 @@ class _Check:
             "window": (5, 3),
             "scale": 2 * self.spec.head_dim**-0.5,
             "seqused_k": used.to(torch.int32),
+            "sinks": torch.ones(case.heads, device=k.device),
+            "attention_chunk": 8,
         }
+        if case.softcap:
+            changes["softcap"] = case.softcap / 2
+        if case.slopes:
+            changes["alibi_slopes"] = torch.full((case.heads,), 0.01, device=k.device)
         for option, value in changes.items():
             if torch.equal(self.run(**{option: value}), got):
                 self.fail("options", f"{option}={value} gives the same output as without it")

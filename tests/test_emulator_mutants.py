@@ -11,6 +11,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 from fmha_runtime import catalog, config, emulator, launch, sources
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import EmulatorFault
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime.spec import KernelSpec, KvLayout
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,13 @@ MUTANTS = {
     "O is read before it is written": Mutant(
         "epilogue.cuh", r"sync_warp\(\);(?!\s*//)", "", "ld_shared_v4: race|st_shared_u32: race"
     ),
+    "pages behind the sequence are looked up": Mutant(
+        "paged_kv.cuh",
+        r"token < end_row \? (ld_global_s32\(.*?\)\)) : 0",
+        r"\1",
+        "ld_global_s32: .* byte offset",
+        "fmha_fwd_sm90_bf16_d64_paged",
+    ),
     "K is read where V lies": Mutant(
         "fwd_sm80.cuh", r"address\.k \+ stage_offset", "address.v + stage_offset", ""
     ),
@@ -99,7 +107,14 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor, to
         torch.randn(1, rows, 1, dim, generator=generator).to(torch.bfloat16)
         for rows in (130, 200, 200)
     )
-    out, lse = launch.run(kernel, spec, q, k, v, causal=True, return_lse=True)
+    options: dict[str, Any] = {}
+    if spec.kv is KvLayout.PAGED:
+        k, v = (
+            torch.cat([x, x[:, :8]], 1).view(13, 16, 1, dim) for x in (k, v)
+        )  # 12 pages and a half
+        options["page_table"] = torch.arange(13, dtype=torch.int32)[None]
+        options["seqused_k"] = torch.tensor([200], dtype=torch.int32)
+    out, lse = launch.run(kernel, spec, q, k, v, causal=True, return_lse=True, **options)
     return out, lse
 
 

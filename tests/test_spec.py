@@ -18,7 +18,7 @@ SM_KIB = {Arch.SM80: 164, Arch.SM86: 100, Arch.SM89: 100, Arch.SM90: 228, Arch.S
 
 
 def test_catalogue_is_every_dtype_and_head_dim_of_every_arch():
-    assert len(SPECS) == 5 * 2 * 13 * 3
+    assert len(SPECS) == 5 * 2 * 13 * 6
     assert {(s.arch, s.dtype, s.head_dim, s.head_dim_v) for s in SPECS} == {
         (arch, dtype, *dims)
         for arch in Arch
@@ -53,7 +53,7 @@ def test_parse_is_the_inverse_of_name():
         "fmha_fwd_sm90_bf16_d064",
         "fmha_fwd_sm75_bf16_d64",
         "fmha_fwd_sm90_fp32_d64",
-        "fmha_fwd_sm90_bf16_d64_paged_packed",
+        "fmha_fwd_sm90_bf16_d64_packed_alibi_packed",
         "fmha_fwd_sm90_bf16_d64_alibi_softcap",
         "fmha_fwd_sm90_bf16_d64\n",
         "../fmha_fwd_sm90_bf16_d64",
@@ -110,7 +110,7 @@ def test_impossible_tiles_are_refused(text):
 
 
 def test_a_kernel_outside_the_catalogue_has_no_tile():
-    spec = KernelSpec.parse("fmha_fwd_sm90_bf16_d64_paged")
+    spec = KernelSpec.parse("fmha_fwd_sm90_bf16_d64_packed_alibi")
     assert not catalog.exists(spec)
-    with pytest.raises(UnsupportedProblem, match="no kernel fmha_fwd_sm90_bf16_d64_paged"):
+    with pytest.raises(UnsupportedProblem, match="no kernel fmha_fwd_sm90_bf16_d64_packed_alibi"):
         catalog.tile(spec)

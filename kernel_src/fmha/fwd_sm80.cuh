@@ -7,6 +7,7 @@
 // accumulator layout of S is the operand layout of the second product.
 #pragma once
 #include "epilogue.cuh"
+#include "paged_kv.cuh"
 #include "params.h"
 #include "scheduler.cuh"
 #include "score.cuh"
@@ -129,10 +130,6 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
 
     const uint16_t* q = static_cast<const uint16_t*>(p.q) + tile.batch * p.q_stride.batch + seq.q_row * p.q_stride.row +
                         tile.head * p.q_stride.head;
-    const uint16_t* k = static_cast<const uint16_t*>(p.k) + tile.batch * p.k_stride.batch + seq.k_row * p.k_stride.row +
-                        kv_head * p.k_stride.head;
-    const uint16_t* v = static_cast<const uint16_t*>(p.v) + tile.batch * p.v_stride.batch + seq.k_row * p.v_stride.row +
-                        kv_head * p.v_stride.head;
 
     // Shared memory: Q (later O), then kStages x (K, V).
     const uint32_t q_tile = smem_base();
@@ -157,17 +154,12 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     if (range.begin < range.end) {
         const TileCopy<Traits::kBlockM, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> q_copy(
             q, p.q_stride.row, thread);
-        const TileCopy<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> k_copy(
-            k, p.k_stride.row, thread);
-        const TileCopy<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads> v_copy(
-            v, p.v_stride.row, thread);
+        const KvSource<Traits> kv(p, seq, tile.batch, kv_head, thread);
 
         // One group per tile, committed even when there is no tile left: the wait counts groups.
         const auto load_kv = [&](int n_block, int stage) {
             if (n_block >= range.begin) {
-                const uint32_t base = ring + stage * kStageBytes;
-                k_copy.load(base, n_block * Traits::kBlockN, seq.k_len);
-                v_copy.load(base + Traits::kKBytes, n_block * Traits::kBlockN, seq.k_len);
+                kv.load(ring + stage * kStageBytes, n_block, seq.k_len);
             }
             cp_async_commit();
         };
