@@ -300,13 +300,13 @@ def signatures(header: Path) -> set[str]:
     """'type name(parameters)' of everything that kernels may call, without white space."""
     text = re.sub(r"namespace emu \{.*?\}  // namespace emu", "", header.read_text(), flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
-    pattern = r"^(?:FMHA_DEVICE )?((?:void|float|u?int32_t|Vec4) \w+(?:<\w+>)?\(.*?\))(?=\s*[{;])"
+    pattern = r"^(?:FMHA_DEVICE )?((?:void|bool|int|float|u?int32_t|Vec4) \w+(?:<\w+>)?\(.*?\))(?=\s*[{;])"
     found = re.findall(pattern, text, flags=re.M | re.S)
     return {re.sub(r"\s+", "", each) for each in found}
 
 
 def wrapper_names(header: Path) -> set[str]:
-    found = (re.match(r"(?:void|float|u?int32_t|Vec4)(\w+)", each) for each in signatures(header))
+    found = (re.match(r"(?:void|bool|int|float|u?int32_t|Vec4)(\w+)", each) for each in signatures(header))
     return {each[1] for each in found if each}
 
 
@@ -335,7 +335,8 @@ FMHA_DEVICE void use(const Params& p) {
     uint32_t u = pack2<E>(x, d[1]); u = shfl_xor(u, 2) + shfl_idx(u, 1) + ld_global_s32(p.ints);
     sync_cta(); st_shared_u32(base, u); sync_cta();
     Vec4 v = ld_global_v4(p.in); st_shared_v4(base, v); v = ld_shared_v4(base); v.x[0] += u;
-    st_global_v4(p.out + 4 * t + 4 * block_idx(), v); st_global_f32(p.out, x);
+    st_global_v4(p.out + 4 * t + 4 * (block_idx() % grid_dim()), v); st_global_f32(p.out, x);
+    if (warp_any(t == 7)) st_global_u32(p.out + 1, u);
 }
 }
 FMHA_KERNEL(use_fp16, Params, 128, 1) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory: bounds and alignment of every access, cp.async that lands as late as it may, and the race
-// detector of shared memory. Global memory is the caller's own; shared memory is a block per CTA
-// that starts as NaN.
+// detector of shared memory (clocks.cpp). Global memory is the caller's own; shared memory is a
+// block per CTA that starts as NaN.
+#include <stdio.h>
 #include <string.h>
 
 #include "state.h"
@@ -12,134 +13,244 @@ namespace emu {
 // --- shared memory
 // ---------------------------------------------------------------------------------------------------
 
-static uint32_t checked_offset(Thread* thread, Op op, uint32_t addr, uint32_t bytes) {
+uint32_t checked_offset(Thread* thread, Op op, uint32_t addr, uint32_t bytes, uint32_t align) {
     const uint32_t offset = addr - kSmemBase, size = thread->cta->request->smem;
-    if (addr % bytes != 0)
-        fault(thread, op, "shared memory offset 0x%x is not aligned to %u bytes", offset, bytes);
+    if (addr % align != 0)
+        fault(thread, op, "shared memory offset 0x%x is not aligned to %u bytes", offset, align);
     if (addr < kSmemBase || offset >= size || size - offset < bytes)
         fault(thread, op, "shared memory offset 0x%x (%d) is outside the CTA's %u bytes", offset,
               static_cast<int>(offset), size);
     return offset;
 }
 
-[[noreturn]] static void fault_race(Thread* thread, Op op, uint32_t offset, const char* did,
-                                    uint32_t who, bool several_warps = false) {
-    const bool same_warp = who / 32 == thread->index / 32 && !several_warps;
+// A component and what it did, as in "thread 5 (warp 0) wrote".
+static void describe_writer(const Cta* cta, uint32_t component, char* text, size_t bytes) {
+    if (component < cta->threads.size())
+        snprintf(text, bytes, "thread %u (warp %u) wrote", component, component / 32);
+    else
+        snprintf(text, bytes, "the copy engine filled for the mbarrier at offset 0x%x",
+                 cta->mbarriers[component - cta->mbarrier_component(0)].offset);
+}
+
+[[noreturn]] static void fault_race(Thread* thread, Op op, uint32_t offset, const char* what,
+                                    uint32_t warp) {
+    const char* missing = !thread->cta->mbarriers.empty() ? "mbarrier, named barrier or sync_cta"
+                          : warp == thread->index / 32    ? "sync_warp or sync_cta"
+                                                          : "sync_cta";
+    fault(thread, op, "race at shared memory offset 0x%x, which %s with no %s in between", offset,
+          what, missing);
+}
+
+[[noreturn]] static void fault_unordered_write(Thread* thread, Op op, uint32_t offset,
+                                               uint32_t writer) {
+    char what[96];
+    describe_writer(thread->cta, writer, what, sizeof(what));
+    fault_race(thread, op, offset, what, writer / 32);
+}
+
+[[noreturn]] static void fault_proxy(Thread* thread, Op op, uint32_t offset, uint32_t writer) {
     fault(thread, op,
-          "race at shared memory offset 0x%x, which thread %u (warp %u)%s %s with no %s in between",
-          offset, who, who / 32, several_warps ? " and other warps" : "", did,
-          same_warp ? "sync_warp or sync_cta" : "sync_cta");
+          "shared memory offset 0x%x was written by thread %u with an ordinary store, and no "
+          "fence_async_shared made it visible to the copy engine and the tensor cores",
+          offset, writer);
 }
 
-// Whether what `other` did in warp epoch `warp_epoch` of the current CTA epoch may run at the same
-// time as `thread` now.
-static bool unordered(const Thread* thread, uint32_t other, uint32_t warp_epoch) {
-    return other / 32 != thread->index / 32 || warp_epoch == thread->warp->epoch;
-}
-
-static void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words) {
+static void check_in_flight(Thread* thread, Op op, uint32_t offset, const char* verb) {
     const Cta* cta = thread->cta;
-    Granule& granule = thread->cta->shadow[offset / kGranule];
+    const Granule& granule = cta->shadow[offset / kGranule];
     if (granule.in_flight != 0)
-        fault(
-            thread, op,
-            "writes shared memory offset 0x%x while a cp_async_16 of thread %u to it is in flight",
-            offset, granule.in_flight - 1u);
-    if (granule.read_epoch == cta->epoch) {
-        const uint32_t reader = granule.reader - 1u;
-        const bool same_warp = reader / 32 == thread->index / 32;
-        if (granule.many_warps || (unordered(thread, reader, granule.read_warp_epoch) &&
-                                   (!same_warp || granule.many_lanes || reader != thread->index)))
-            fault_race(thread, op, offset, "read", reader, granule.many_warps);
-    }
-    if (granule.write_epoch == cta->epoch) {
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t writer = granule.writer[i] - 1u;
-            if ((words >> i & 1) && granule.writer[i] != 0 && writer != thread->index &&
-                unordered(thread, writer, granule.write_warp_epoch[i]))
-                fault_race(thread, op, offset, "wrote", writer);
+        fault(thread, op,
+              "%s shared memory offset 0x%x while a cp_async_16 of thread %u to it is in flight",
+              verb, offset, granule.in_flight - 1u);
+    if (granule.tile_in_flight != 0)
+        fault(thread, op,
+              "%s shared memory offset 0x%x while a tma_load_4d to it, for the mbarrier at offset "
+              "0x%x, is in flight",
+              verb, offset, cta->mbarriers[granule.tile_in_flight - 1u].offset);
+}
+
+// Whether a read of the warp `w` is ordered before the thread.
+static bool read_is_ordered(const Thread* thread, uint32_t w, const Reads& reads,
+                            uint32_t* reader) {
+    const int32_t* knows = thread->knows + w * 32;
+    const uint32_t own = thread->index / 32 == w ? 1u << thread->lane : 0;
+    int32_t earliest = knows[0];  // over all lanes first: one vector loop
+    for (int i = 1; i < 32; ++i) earliest = earliest < knows[i] ? earliest : knows[i];
+    if (earliest >= reads.clock) return true;
+    for (uint32_t lanes = reads.lanes & ~own; lanes != 0; lanes &= lanes - 1) {
+        const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(lanes));
+        if (knows[lane] < reads.clock) {
+            *reader = w * 32 + lane;
+            return false;
         }
-    } else {
-        granule.write_epoch = cta->epoch;
-        memset(granule.writer, 0, sizeof(granule.writer));
+    }
+    return true;
+}
+
+static void check_reads_before_write(Thread* thread, Op op, uint32_t offset) {
+    Cta* cta = thread->cta;
+    const size_t first = offset / kGranule * cta->warps.size();
+    const Granule& granule = cta->shadow[offset / kGranule];
+    for (uint32_t left = granule.readers; left != 0; left &= left - 1) {
+        const uint32_t w = static_cast<uint32_t>(__builtin_ctz(left));
+        uint32_t reader = 0;
+        if (read_is_ordered(thread, w, cta->reads[first + w], &reader)) continue;
+        char what[64];
+        snprintf(what, sizeof(what), "thread %u (warp %u) read", reader, w);
+        fault_race(thread, op, offset, what, w);
+    }
+    for (uint32_t left = granule.async_readers; left != 0; left &= left - 1) {
+        const uint32_t w = static_cast<uint32_t>(__builtin_ctz(left));
+        const int32_t operation = cta->wgmma_reads[first + w];
+        if (operation > static_cast<int32_t>(cta->warps[w].retired))
+            fault(thread, op,
+                  "writes shared memory offset 0x%x while a wgmma of warp %u that reads it is in "
+                  "flight",
+                  offset, w);
+        if (thread->knows[cta->wgmma_component(w)] >= operation) continue;
+        char what[64];
+        snprintf(what, sizeof(what), "a wgmma of warp %u read", w);
+        fault_race(thread, op, offset, what, w);
+    }
+}
+
+void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words, bool async) {
+    Granule& granule = thread->cta->shadow[offset / kGranule];
+    check_in_flight(thread, op, offset, "writes");
+    if (granule.barrier & words)
+        fault(thread, op, "writes shared memory offset 0x%x, where an mbarrier lives", offset);
+    check_reads_before_write(thread, op, offset);
+    for (int i = 0; i < 4; ++i) {
+        if (!(words >> i & 1) || granule.writer[i] == 0) continue;
+        const uint32_t writer = granule.writer[i] - 1u;
+        if (writer != thread->index && thread->knows[writer] < granule.write_clock[i])
+            fault_unordered_write(thread, op, offset, writer);
+        if (async && writer < thread->cta->threads.size() &&
+            thread->knows_async[writer] < granule.write_clock[i])
+            fault_proxy(thread, op, offset, writer);
     }
     for (int i = 0; i < 4; ++i) {
         if (!(words >> i & 1)) continue;
         granule.writer[i] = static_cast<uint16_t>(thread->index + 1);
-        granule.write_warp_epoch[i] = thread->warp->epoch;
+        granule.write_clock[i] = thread->clock();
     }
     granule.written |= static_cast<uint8_t>(words);
+    if (words == 0xf) granule.readers = granule.async_readers = 0;  // all were ordered before
 }
 
-// Notes a read of all 16 bytes, by one thread or, for the .aligned collectives, by its whole warp.
-static void note_read(Thread* thread, Op op, uint32_t offset, bool whole_warp) {
-    const Cta* cta = thread->cta;
-    Granule& granule = thread->cta->shadow[offset / kGranule];
-    if (granule.in_flight != 0)
-        fault(thread, op,
-              "reads shared memory offset 0x%x while a cp_async_16 of thread %u to it is in flight",
-              offset, granule.in_flight - 1u);
-    if (granule.written != 0xf)
-        fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
-    if (granule.write_epoch == cta->epoch) {
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t writer = granule.writer[i] - 1u;
-            if (granule.writer[i] != 0 && (whole_warp || writer != thread->index) &&
-                unordered(thread, writer, granule.write_warp_epoch[i]))
-                fault_race(thread, op, offset, "wrote", writer);
+// Adds a read by some lanes of a warp at `clock`. Lanes that read before, which nothing orders
+// before this read, keep their mark, under one clock: lanes' clocks run in step, so that this costs
+// no precision but in kernels whose lanes arrive at barriers at different times.
+static void add_read(Thread* thread, uint32_t offset, uint32_t lanes, int32_t clock) {
+    Cta* cta = thread->cta;
+    const uint32_t w = thread->index / 32;
+    Granule& granule = cta->shadow[offset / kGranule];
+    Reads& reads = cta->reads[offset / kGranule * cta->warps.size() + w];
+    const bool first = !(granule.readers >> w & 1);
+    granule.readers |= 1u << w;
+    if (first || lanes == ~0u) {
+        reads = {lanes, clock};
+        return;
+    }
+    if (clock != reads.clock) {
+        for (uint32_t left = reads.lanes; left != 0; left &= left - 1) {
+            const int lane = __builtin_ctz(left);
+            if (thread->knows[w * 32 + static_cast<uint32_t>(lane)] >= reads.clock)
+                reads.lanes &= ~(1u << lane);
+        }
+        if (reads.lanes == 0 || clock > reads.clock) reads.clock = clock;
+        if (thread->clock() < reads.clock) {
+            thread->clock() = reads.clock;
+            thread->warp->stale = true;
         }
     }
-    const uint32_t reader = granule.reader - 1u;
-    if (granule.read_epoch == cta->epoch && reader / 32 != thread->index / 32) {
-        granule.many_warps = 1;
-    } else if (granule.read_epoch == cta->epoch && granule.read_warp_epoch == thread->warp->epoch) {
-        granule.many_lanes |= whole_warp || reader != thread->index;
-    } else {
-        if (granule.read_epoch != cta->epoch) granule.many_warps = 0;
-        granule.read_epoch = cta->epoch;
-        granule.read_warp_epoch = thread->warp->epoch;
-        granule.reader = static_cast<uint16_t>(thread->index + 1);
-        granule.many_lanes = whole_warp;
+    reads.lanes |= lanes;
+}
+
+// Notes a read of all 16 bytes by one thread.
+static void note_read(Thread* thread, Op op, uint32_t offset) {
+    const Granule& granule = thread->cta->shadow[offset / kGranule];
+    check_in_flight(thread, op, offset, "reads");
+    if (granule.barrier != 0)
+        fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
+    if (granule.written != 0xf)
+        fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t writer = granule.writer[i] - 1u;
+        if (writer != thread->index && thread->knows[writer] < granule.write_clock[i])
+            fault_unordered_write(thread, op, offset, writer);
+    }
+    add_read(thread, offset, 1u << thread->lane, thread->clock());
+}
+
+// Notes a read by a whole warp, all of whose lanes must know of the writes; `thread` is blamed.
+static void note_warp_read(Thread* thread, Op op, uint32_t offset, bool async) {
+    const Cta* cta = thread->cta;
+    const Warp* warp = thread->warp;
+    const Granule& granule = cta->shadow[offset / kGranule];
+    check_in_flight(thread, op, offset, "reads");
+    if (granule.barrier != 0)
+        fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
+    if (granule.written != 0xf)
+        fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t writer = granule.writer[i] - 1u;
+        if (warp->knows[writer] < granule.write_clock[i])
+            fault_unordered_write(thread, op, offset, writer);
+        if (async && writer < cta->threads.size() &&
+            warp->knows_async[writer] < granule.write_clock[i])
+            fault_proxy(thread, op, offset, writer);
     }
 }
 
 const unsigned char* warp_read_row(Thread* thread, Op op, uint32_t addr) {
-    const uint32_t offset = checked_offset(thread, op, addr, 16);
-    note_read(thread, op, offset, true);
+    const uint32_t offset = checked_offset(thread, op, addr, 16, 16);
+    refresh_warp(thread->warp);
+    note_warp_read(thread, op, offset, false);
+    add_read(thread, offset, ~0u, thread->warp->clock);
     return thread->cta->smem.get() + offset;
+}
+
+void note_wgmma_read(Thread* thread, uint32_t addr, uint32_t operation) {
+    const uint32_t offset = checked_offset(thread, Op::kWgmma, addr, 16, 16);
+    Cta* cta = thread->cta;
+    const uint32_t w = thread->index / 32;
+    note_warp_read(thread, Op::kWgmma, offset, true);
+    cta->shadow[offset / kGranule].async_readers |= 1u << w;
+    cta->wgmma_reads[offset / kGranule * cta->warps.size() + w] = static_cast<int32_t>(operation);
 }
 
 void ld_shared_v4(uint32_t (&r)[4], uint32_t addr) {
     Thread* thread = self();
-    const uint32_t offset = checked_offset(thread, Op::kLdSharedV4, addr, 16);
-    note_read(thread, Op::kLdSharedV4, offset, false);
+    const uint32_t offset = checked_offset(thread, Op::kLdSharedV4, addr, 16, 16);
+    note_read(thread, Op::kLdSharedV4, offset);
     memcpy(r, thread->cta->smem.get() + offset, 16);
 }
 
 void st_shared_v4(uint32_t addr, const uint32_t (&x)[4]) {
     Thread* thread = self();
-    const uint32_t offset = checked_offset(thread, Op::kStSharedV4, addr, 16);
-    note_write(thread, Op::kStSharedV4, offset, 0xf);
+    const uint32_t offset = checked_offset(thread, Op::kStSharedV4, addr, 16, 16);
+    note_write(thread, Op::kStSharedV4, offset, 0xf, false);
     memcpy(thread->cta->smem.get() + offset, x, 16);
 }
 
 void st_shared_u32(uint32_t addr, uint32_t x) {
     Thread* thread = self();
-    const uint32_t offset = checked_offset(thread, Op::kStSharedU32, addr, 4);
-    note_write(thread, Op::kStSharedU32, offset, 1u << offset % kGranule / 4);
+    const uint32_t offset = checked_offset(thread, Op::kStSharedU32, addr, 4, 4);
+    note_write(thread, Op::kStSharedU32, offset, 1u << offset % kGranule / 4, false);
     memcpy(thread->cta->smem.get() + offset, &x, 4);
 }
 
 // --- global memory
 // ---------------------------------------------------------------------------------------------------
 
-// Faults unless all the bytes lie in one buffer, a writable one for a store.
-static void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, bool store) {
+void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align,
+                  bool store) {
     const Request& request = *thread->cta->request;
     const uint64_t address = reinterpret_cast<uint64_t>(pointer);
-    if (address % bytes != 0)
+    if (address % align != 0)
         fault(thread, op, "global address 0x%llx is not aligned to %llu bytes",
-              static_cast<unsigned long long>(address), static_cast<unsigned long long>(bytes));
+              static_cast<unsigned long long>(address), static_cast<unsigned long long>(align));
     const Buffer* read_only = nullptr;
     const Buffer* nearest = nullptr;
     uint64_t nearest_gap = ~uint64_t{0};
@@ -168,27 +279,32 @@ static void check_global(Thread* thread, Op op, const void* pointer, uint64_t by
 }
 
 void ld_global_v4(uint32_t (&r)[4], const void* src) {
-    check_global(self(), Op::kLdGlobalV4, src, 16, false);
+    check_global(self(), Op::kLdGlobalV4, src, 16, 16, false);
     memcpy(r, src, 16);
 }
 
 void st_global_v4(void* dst, const uint32_t (&x)[4]) {
-    check_global(self(), Op::kStGlobalV4, dst, 16, true);
+    check_global(self(), Op::kStGlobalV4, dst, 16, 16, true);
     memcpy(dst, x, 16);
 }
 
+void st_global_u32(void* dst, uint32_t x) {
+    check_global(self(), Op::kStGlobalU32, dst, 4, 4, true);
+    memcpy(dst, &x, 4);
+}
+
 void st_global_f32(float* dst, float x) {
-    check_global(self(), Op::kStGlobalF32, dst, 4, true);
+    check_global(self(), Op::kStGlobalF32, dst, 4, 4, true);
     memcpy(dst, &x, 4);
 }
 
 int32_t ld_global_s32(const int32_t* src) {
-    check_global(self(), Op::kLdGlobalS32, src, 4, false);
+    check_global(self(), Op::kLdGlobalS32, src, 4, 4, false);
     return *src;
 }
 
 float ld_global_f32(const float* src) {
-    check_global(self(), Op::kLdGlobalF32, src, 4, false);
+    check_global(self(), Op::kLdGlobalF32, src, 4, 4, false);
     return *src;
 }
 
@@ -197,9 +313,9 @@ float ld_global_f32(const float* src) {
 
 void cp_async_16(uint32_t dst_smem, const void* src, bool valid) {
     Thread* thread = self();
-    const uint32_t offset = checked_offset(thread, Op::kCpAsync16, dst_smem, 16);
-    if (valid) check_global(thread, Op::kCpAsync16, src, 16, false);
-    note_write(thread, Op::kCpAsync16, offset, 0xf);
+    const uint32_t offset = checked_offset(thread, Op::kCpAsync16, dst_smem, 16, 16);
+    if (valid) check_global(thread, Op::kCpAsync16, src, 16, 16, false);
+    note_write(thread, Op::kCpAsync16, offset, 0xf, false);
     thread->cta->shadow[offset / kGranule].in_flight = static_cast<uint16_t>(thread->index + 1);
     memset(thread->cta->smem.get() + offset, 0xff, 16);
     thread->copies.push_back({valid ? src : nullptr, offset, thread->committed});
@@ -221,7 +337,7 @@ void cp_async_wait(int pending) {
             memset(dst, 0, 16);
         }
         thread->cta->shadow[copy.dst / kGranule].in_flight = 0;
-        note_write(thread, Op::kCpAsync16, copy.dst, 0xf);
+        note_write(thread, Op::kCpAsync16, copy.dst, 0xf, false);
     }
     thread->copies.erase(thread->copies.begin(),
                          thread->copies.begin() + static_cast<std::ptrdiff_t>(landed));

@@ -3,6 +3,7 @@
 // column of the warp's exchange arrays; the last lane to arrive computes all results.
 #include <string.h>
 
+#include "convert.h"
 #include "state.h"
 
 namespace fmha {
@@ -32,6 +33,18 @@ uint32_t shfl_xor(uint32_t x, int lane_mask) {
 uint32_t shfl_idx(uint32_t x, int lane) {
     return shuffle(Op::kShflIdx, x, static_cast<uint32_t>(lane),
                    [](uint32_t, uint32_t from) { return from; });
+}
+
+int warp_any(int x) {
+    Thread* thread = self();
+    Warp* warp = thread->warp;
+    warp->in[0][thread->lane] = x != 0;
+    meet(thread, Op::kWarpAny, [](Warp* w) {
+        uint32_t any = 0;
+        for (uint32_t lane = 0; lane < 32; ++lane) any |= w->in[0][lane];
+        for (uint32_t lane = 0; lane < 32; ++lane) w->out[0][lane] = any;
+    });
+    return static_cast<int>(warp->out[0][thread->lane]);
 }
 
 // --- ldmatrix
@@ -69,35 +82,6 @@ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) {
 
 // --- mma
 // -------------------------------------------------------------------------------------------------------------
-
-// Branch-free, so that the loops over fragments become vector code.
-struct FromFp16 {
-    static float convert(uint16_t h) {
-        const uint32_t magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
-        uint32_t normal = magnitude + (112u << 23);
-        normal += exponent == 0x0f800000u ? 112u << 23 : 0;  // infinity and NaN
-        const uint32_t with_one =
-            normal + (1u << 23);  // subnormal: give it an implicit one and take it away again
-        float subnormal;
-        memcpy(&subnormal, &with_one, 4);
-        subnormal -= 6.103515625e-05f;  // 2^-14
-        uint32_t bits;
-        memcpy(&bits, &subnormal, 4);
-        bits = (exponent == 0 ? bits : normal) | static_cast<uint32_t>(h & 0x8000u) << 16;
-        float x;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-};
-
-struct FromBf16 {
-    static float convert(uint16_t h) {
-        const uint32_t bits = static_cast<uint32_t>(h) << 16;
-        float x;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-};
 
 typedef float Row8 __attribute__((vector_size(32)));
 

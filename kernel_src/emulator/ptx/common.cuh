@@ -20,7 +20,8 @@
     }                                                                                         \
     extern "C" __attribute__((visibility("default"))) int name(fmha::emu::Request* request) { \
         static_assert((ctas_per_sm) > 0, "At least one CTA must fit on an SM.");              \
-        return fmha::emu::run(*request, {#name, name##_thread, threads, alignof(Params)});    \
+        return fmha::emu::run(*request,                                                       \
+                              {#name, name##_thread, threads, ctas_per_sm, alignof(Params)}); \
     }                                                                                         \
     static void name##_body(const Params& params)
 
@@ -73,6 +74,7 @@ inline uint32_t bfloat_bits(float x) {
 
 FMHA_DEVICE uint32_t thread_idx() { return emu::thread_idx(); }
 FMHA_DEVICE uint32_t block_idx() { return emu::block_idx(); }
+FMHA_DEVICE uint32_t grid_dim() { return emu::grid_dim(); }
 FMHA_DEVICE uint32_t smem_base() { return emu::smem_base(); }
 
 FMHA_DEVICE void sync_cta() { emu::sync_cta(); }
@@ -98,6 +100,8 @@ FMHA_DEVICE uint32_t shfl_idx(uint32_t x, int lane) { return emu::shfl_idx(x, la
 FMHA_DEVICE float shfl_idx(float x, int lane) {
     return emu::bits_float(emu::shfl_idx(emu::float_bits(x), lane));
 }
+
+FMHA_DEVICE bool warp_any(bool x) { return emu::warp_any(x) != 0; }
 
 template <class Element>
 uint32_t pack2(float lo, float hi);
@@ -126,6 +130,7 @@ FMHA_DEVICE Vec4 ld_global_v4(const void* src) {
     return v;
 }
 FMHA_DEVICE void st_global_v4(void* dst, Vec4 v) { emu::st_global_v4(dst, v.x); }
+FMHA_DEVICE void st_global_u32(void* dst, uint32_t x) { emu::st_global_u32(dst, x); }
 FMHA_DEVICE void st_global_f32(float* dst, float x) { emu::st_global_f32(dst, x); }
 FMHA_DEVICE int32_t ld_global_s32(const int32_t* src) { return emu::ld_global_s32(src); }
 FMHA_DEVICE float ld_global_f32(const float* src) { return emu::ld_global_f32(src); }

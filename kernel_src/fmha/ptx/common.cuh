@@ -34,6 +34,7 @@ struct alignas(16) Vec4 {
 
 FMHA_DEVICE uint32_t thread_idx() { return threadIdx.x; }
 FMHA_DEVICE uint32_t block_idx() { return blockIdx.x; }
+FMHA_DEVICE uint32_t grid_dim() { return gridDim.x; }
 
 // Address of the dynamic shared memory in the 32-bit shared window; 1024-byte aligned.
 FMHA_DEVICE uint32_t smem_base() {
@@ -79,6 +80,12 @@ FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) {
 // The value of lane `lane` (its low five bits). All 32 lanes of the warp take part.
 FMHA_DEVICE float shfl_idx(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FMHA_DEVICE uint32_t shfl_idx(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+// Whether x holds for any lane. All 32 lanes of the warp take part.
+FMHA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
+// Whether any lane says yes. All 32 lanes of the warp take part.
+FMHA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
 // Two floats rounded to nearest even, `lo` in the low half.
 template <class Element>
@@ -132,6 +139,13 @@ FMHA_DEVICE void st_global_v4(void* dst, Vec4 v) {
                  :
                  : "l"(__cvta_generic_to_global(dst)), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]),
                    "r"(v.x[3])
+                 : "memory");
+}
+
+FMHA_DEVICE void st_global_u32(void* dst, uint32_t x) {
+    asm volatile("st.global.u32 [%0], %1;"
+                 :
+                 : "l"(__cvta_generic_to_global(dst)), "r"(x)
                  : "memory");
 }
 

@@ -1,24 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instructions that arrived with compute capability 9.0, but for wgmma itself (wgmma.cuh): mbarriers, the tensor copy
-// engine, named barriers, register reallocation. One function per instruction; kernel_src/emulator/ptx/sm90.cuh is its
-// twin.
+// The instructions that arrived with compute capability 9.0, but for wgmma itself (wgmma.cuh):
+// mbarriers, the tensor copy engine, named barriers, register reallocation. One function per
+// instruction; kernel_src/emulator/ptx/sm90.cuh is its twin.
 #pragma once
 #include <ptx/common.cuh>
 
 namespace fmha {
 
-// The value of lane 0, known to the compiler to be the same in the whole warp: branches on it are uniform.
+// The value of lane 0, known to the compiler to be the same in the whole warp: branches on it are
+// uniform.
 FMHA_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// mbarrier: an 8-byte object in shared memory. A phase ends when `arrivals` threads have arrived and the announced bytes
-// have landed; mbarrier_wait(parity) returns once the phase of that parity has ended (a fresh barrier is in phase 0, so
-// waiting for parity 1 returns at once).
+// mbarrier: an 8-byte object in shared memory. A phase ends when `arrivals` threads have arrived
+// and the announced bytes have landed; mbarrier_wait(parity) returns once the phase of that parity
+// has ended (a fresh barrier is in phase 0, so waiting for parity 1 returns at once).
 FMHA_DEVICE void mbarrier_init(uint32_t bar, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(bar), "r"(arrivals) : "memory");
 }
 
-// Makes freshly initialised barriers visible to the copy engine; the CTA still needs a barrier of its own.
-FMHA_DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+// Makes freshly initialised barriers visible to the copy engine; the CTA still needs a barrier of
+// its own.
+FMHA_DEVICE void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+}
 
 FMHA_DEVICE void mbarrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(bar) : "memory");
@@ -26,7 +30,10 @@ FMHA_DEVICE void mbarrier_arrive(uint32_t bar) {
 
 // Arrives and announces `bytes` that copies will deliver in this phase.
 FMHA_DEVICE void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(bar), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(bar), "r"(bytes)
+                 : "memory");
 }
 
 FMHA_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
@@ -41,24 +48,31 @@ FMHA_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
         : "memory");
 }
 
-// Copies the box of a tensor map at coordinates (c0 innermost) to shared memory and counts its bytes on `bar`. Elements
-// outside the tensor arrive as zeros and count too.
-FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2, int c3) {
+// Copies the box of a tensor map at coordinates (c0 innermost) to shared memory and counts its
+// bytes on `bar`. Elements outside the tensor arrive as zeros and count too.
+FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2,
+                             int c3) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6}], "
         "[%2];"
         :
         : "r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
 
-FMHA_DEVICE void tma_prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory"); }
+FMHA_DEVICE void tma_prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
+}
 
-// Orders this thread's ordinary accesses to shared memory before later accesses of the copy engine and the tensor cores.
-FMHA_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+// Orders this thread's ordinary accesses to shared memory before later accesses of the copy engine
+// and the tensor cores.
+FMHA_DEVICE void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+}
 
-// wgmma runs behind the program: fence before the first one after touching its registers, commit a batch, wait until at
-// most kPending batches are in flight.
+// wgmma runs behind the program: fence before the first one after touching its registers, commit a
+// batch, wait until at most kPending batches are in flight.
 FMHA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 FMHA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
 template <int kPending>
@@ -75,7 +89,8 @@ FMHA_DEVICE void pin(float (&d)[kCount]) {
     }
 }
 
-// Moves registers between warpgroups; all warps of a warpgroup execute it, the counts are multiples of 8.
+// Moves registers between warpgroups; all warps of a warpgroup execute it, the counts are multiples
+// of 8.
 template <int kRegisters>
 FMHA_DEVICE void registers_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(kRegisters));
@@ -85,7 +100,8 @@ FMHA_DEVICE void registers_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(kRegisters));
 }
 
-// Hardware barriers 0 to 15; 0 is sync_cta's. `threads` counts those that sync and those that only arrive.
+// Hardware barriers 0 to 15; 0 is sync_cta's. `threads` counts those that sync and those that only
+// arrive.
 FMHA_DEVICE void named_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgmma.mma_async for every N in use. The accumulator list is part of the instruction, so each N needs its own text; the
-// macros below only count.
+// wgmma.mma_async for every N in use. The accumulator list is part of the instruction, so each N
+// needs its own text; the macros below only count.
 #pragma once
 #include <ptx/common.cuh>
 
@@ -71,35 +71,40 @@
 
 namespace fmha {
 
-// One m64nNk16 step of a warpgroup, asynchronous: d (+)= A B with fp32 accumulation; `accumulate` 0 starts from zero. d is
-// laid out like N / 8 accumulators of mma.m16n8k16 side by side, each warp holding 16 of the 64 rows.
-//   ss:       A and B by shared-memory descriptor, both with the depth contiguous (Q and K as they lie).
-//   rs_trans: A in registers (the operand of mma.m16n8k16), B with N contiguous (V as it lies).
+// One m64nNk16 step of a warpgroup, asynchronous: d (+)= A B with fp32 accumulation; `accumulate` 0
+// starts from zero. d is laid out like N / 8 accumulators of mma.m16n8k16 side by side, each warp
+// holding 16 of the 64 rows.
+//
+// ss: A and B by shared-memory descriptor, both with the depth contiguous (Q and K as they lie).
+//
+// rs_trans: A in registers (the operand of mma.m16n8k16), B with N contiguous (V as it lies).
 template <class Element, int kN>
 struct Wgmma;
 
-#define FMHA_WGMMA(Element, type, N, n, i0, i1, i2, i3, i4, i5)                                                    \
-    template <>                                                                                                    \
-    struct Wgmma<Element, N> {                                                                                     \
-        FMHA_DEVICE static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                     \
-            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i2                                                     \
-                         ", 0;\n"                                                                                  \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FMHA_D##n "}, %" i0  \
-                         ", %" i1 ", p, 1, 1, 0, 0; }"                                                             \
-                         : FMHA_C##n(d)                                                                            \
-                         : "l"(a), "l"(b), "r"(accumulate));                                                       \
-        }                                                                                                          \
-        FMHA_DEVICE static void rs_trans(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {   \
-            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i5                                                     \
-                         ", 0;\n"                                                                                  \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FMHA_D##n "}, {%" i0 \
-                         ", %" i1 ", %" i2 ", %" i3 "}, %" i4 ", p, 1, 1, 1; }"                                    \
-                         : FMHA_C##n(d)                                                                            \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
-        }                                                                                                          \
+#define FMHA_WGMMA(Element, type, N, n, i0, i1, i2, i3, i4, i5)                                  \
+    template <>                                                                                  \
+    struct Wgmma<Element, N> {                                                                   \
+        FMHA_DEVICE static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {  \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i2                                   \
+                         ", 0;\n"                                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type         \
+                         " {" FMHA_D##n "}, %" i0 ", %" i1 ", p, 1, 1, 0, 0; }"                  \
+                         : FMHA_C##n(d)                                                          \
+                         : "l"(a), "l"(b), "r"(accumulate));                                     \
+        }                                                                                        \
+        FMHA_DEVICE static void rs_trans(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,  \
+                                         int accumulate) {                                       \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i5                                   \
+                         ", 0;\n"                                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type         \
+                         " {" FMHA_D##n "}, {%" i0 ", %" i1 ", %" i2 ", %" i3 "}, %" i4          \
+                                        ", p, 1, 1, 1; }"                                        \
+                         : FMHA_C##n(d)                                                          \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
+        }                                                                                        \
     };
-#define FMHA_WGMMA_N(N, n, i0, i1, i2, i3, i4, i5)            \
-    FMHA_WGMMA(Fp16, "f16", N, n, i0, i1, i2, i3, i4, i5)     \
+#define FMHA_WGMMA_N(N, n, i0, i1, i2, i3, i4, i5)        \
+    FMHA_WGMMA(Fp16, "f16", N, n, i0, i1, i2, i3, i4, i5) \
     FMHA_WGMMA(Bf16, "bf16", N, n, i0, i1, i2, i3, i4, i5)
 
 FMHA_WGMMA_N(32, 4, "16", "17", "18", "19", "20", "21")
