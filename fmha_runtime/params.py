@@ -69,3 +69,21 @@ class FwdParams(ctypes.Structure):
         ("scale_log2", ctypes.c_float),
         ("tanh_scale", ctypes.c_float),
     ]
+
+
+class TensorMap(ctypes.Structure):
+    """128 opaque bytes that tensor_map.py fills; kernels want them at multiples of 64."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+class FwdTmaParams(ctypes.Structure):
+    """By-value argument of the TMA kernels. Aligned to 64 bytes in C++, so place it accordingly."""
+
+    _fields_ = [
+        ("q_map", TensorMap),
+        ("k_map", TensorMap),
+        ("v_map", TensorMap),
+        ("fwd", FwdParams),
+        ("padding", ctypes.c_uint8 * (-ctypes.sizeof(FwdParams) % 64)),
+    ]

@@ -300,13 +300,13 @@ def signatures(header: Path) -> set[str]:
     """'type name(parameters)' of everything that kernels may call, without white space."""
     text = re.sub(r"namespace emu \{.*?\}  // namespace emu", "", header.read_text(), flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
-    pattern = r"^(?:FMHA_DEVICE )?((?:void|bool|int|float|u?int32_t|Vec4) \w+(?:<\w+>)?\(.*?\))(?=\s*[{;])"
+    pattern = r"^(?:FMHA_DEVICE )?((?:void|bool|u?int32_t|int|float|Vec4) \w+(?:<\w+>)?\(.*?\))(?=\s*[{;])"
     found = re.findall(pattern, text, flags=re.M | re.S)
     return {re.sub(r"\s+", "", each) for each in found}
 
 
 def wrapper_names(header: Path) -> set[str]:
-    found = (re.match(r"(?:void|bool|int|float|u?int32_t|Vec4)(\w+)", each) for each in signatures(header))
+    found = (re.match(r"(?:void|bool|u?int32_t|int|float|Vec4)(\w+)", each) for each in signatures(header))
     return {each[1] for each in found if each}
 
 

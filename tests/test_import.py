@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: "errors config spec alibi",
     1: "catalog sources manifest params publish ledger",
-    2: "build driver emulator tensors",
+    2: "build driver emulator tensors packed_mask tensor_map",
     3: "call dispatch launch reference",
     4: "api",
     5: "verify verify_cases verify_check bench bench_record plots doctor inspection progress"
@@ -30,7 +30,7 @@ FLOORS = {
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
 DOORS = {
-    "cuda.bindings": {"driver"},
+    "cuda.bindings": {"driver", "tensor_map"},
     "cuda.pathfinder": {"build"},
     "subprocess": {"build", "emulator"},
     "click": {"cli"},

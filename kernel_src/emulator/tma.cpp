@@ -18,7 +18,7 @@ struct EmulatedMap {
     uint8_t element_bytes;
     uint8_t rank;
     uint8_t swizzle;  // log2 of the span in 16-byte chunks; 0: none
-    uint8_t unused[46];
+    uint8_t unused[47];
 };
 static_assert(sizeof(EmulatedMap) == 128, "A tensor map has 128 bytes.");
 

@@ -81,9 +81,6 @@ FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) {
 FMHA_DEVICE float shfl_idx(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FMHA_DEVICE uint32_t shfl_idx(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
-// Whether x holds for any lane. All 32 lanes of the warp take part.
-FMHA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
-
 // Whether any lane says yes. All 32 lanes of the warp take part.
 FMHA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
