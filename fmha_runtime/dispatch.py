@@ -92,7 +92,7 @@ def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
     reasons = []
     if spec.op is not problem.op:
         reasons.append(f"computes {spec.op.value}, problem is {problem.op.value}")
-    if spec.arch is not problem.arch:
+    if spec.arch not in problem.arch.targets:
         reasons.append(f"is for {spec.arch.value}, device is {problem.arch.value}")
     if spec.dtype is not problem.dtype:
         reasons.append(f"reads {spec.dtype.value}, problem is {problem.dtype.value}")
@@ -113,14 +113,21 @@ def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
 @lru_cache(maxsize=4096)
 def trace(problem: Problem) -> Trace:
     """Walks every row of the catalogue. Never raises: ``chosen`` is None when nothing fits."""
-    chosen: KernelSpec | None = None
+    accepted: list[KernelSpec] = []
     rejected: list[tuple[KernelSpec, list[str]]] = []
     for spec in catalog.enumerate_specs():
         reasons = _reasons(spec, problem)
         if reasons:
             rejected.append((spec, reasons))
         else:
-            chosen = spec
+            accepted.append(spec)
+    # Several targets of one device compute the same; the measured order of Arch.targets decides.
+    accepted.sort(key=lambda spec: problem.arch.targets.index(spec.arch))
+    chosen = accepted[0] if accepted else None
+    for spec in accepted[1:]:
+        assert chosen is not None
+        why = f"computes the same; {chosen.arch.value} kernels are faster on this GPU"
+        rejected.append((spec, [why]))
     # What nearly fitted is worth reading; the other 120 rows are not.
     rejected.sort(key=lambda item: (len(item[1]), _distance(item[0], problem), item[0].name))
     near = tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])

@@ -144,6 +144,12 @@ def l2_bytes(index: int) -> int:
     return _attribute(index, "L2_CACHE_SIZE")
 
 
+@cache
+def sm_count(index: int) -> int:
+    """Number of streaming multiprocessors of a GPU."""
+    return _attribute(index, "MULTIPROCESSOR_COUNT")
+
+
 def _attribute(index: int, name: str) -> int:
     key = getattr(_api().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     return int(_call("cuDeviceGetAttribute", key, _device(index)))
@@ -160,7 +166,7 @@ def device_info(index: int = 0) -> DeviceInfo:
     return DeviceInfo(
         name=name,
         capability=capability(index),
-        sm_count=_attribute(index, "MULTIPROCESSOR_COUNT"),
+        sm_count=sm_count(index),
         driver_version=_driver_version(),
         l2_bytes=l2_bytes(index),
         total_memory=int(_call("cuDeviceTotalMem", device)),

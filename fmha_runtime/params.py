@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 
+from .spec import Arch, KernelSpec
+
 ABI = 2
 """Must equal FMHA_ABI in params.h; a cubin with another number is never launched."""
 
@@ -85,5 +87,18 @@ class FwdTmaParams(ctypes.Structure):
         ("k_map", TensorMap),
         ("v_map", TensorMap),
         ("fwd", FwdParams),
-        ("padding", ctypes.c_uint8 * (-ctypes.sizeof(FwdParams) % 64)),
+        ("ctas", ctypes.c_int32),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(FwdParams) + 4) % 64)),
     ]
+
+
+def block_type(spec: KernelSpec) -> type[FwdParams] | type[FwdTmaParams]:
+    """The struct that a kernel takes."""
+    return FwdTmaParams if spec.arch is Arch.SM90A else FwdParams
+
+
+def allocate(spec: KernelSpec) -> FwdParams | FwdTmaParams:
+    """A zeroed parameter block for a kernel, at an address that is a multiple of 64."""
+    kind = block_type(spec)
+    room = ctypes.create_string_buffer(ctypes.sizeof(kind) + 63)
+    return kind.from_buffer(room, -ctypes.addressof(room) % 64)

@@ -16,7 +16,6 @@ from .catalog import Tile
 from .errors import ArtifactError
 from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
 
-_FAMILY = {Op.FWD: "fwd_sm80"}
 _ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}
 _SYSTEM = {"stddef.h", "stdint.h"}
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include\b[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)?')
@@ -29,24 +28,46 @@ def _root() -> Path:
     return (config.kernel_src() / "fmha").resolve()
 
 
+def _family(spec: KernelSpec) -> str:
+    assert spec.op is Op.FWD
+    return "fwd_sm90" if spec.arch is Arch.SM90A else "fwd_sm80"
+
+
 def header(spec: KernelSpec) -> str:
     """The header, inside ``kernel_src/fmha``, that defines this kernel."""
-    return f"{_FAMILY[spec.op]}.cuh"
+    return f"{_family(spec)}.cuh"
 
 
 def render(spec: KernelSpec, tile: Tile) -> str:
     """The translation unit of a kernel: the same text for nvcc and for the emulator's g++."""
-    flag = "true" if tile.q_in_regs else "false"
-    family = _FAMILY[spec.op]
-    numbers = (spec.head_dim, spec.head_dim_v, tile.block_m, tile.block_n, tile.warps, tile.stages)
-    traits = ", ".join([_ELEMENT[spec.dtype], *map(str, numbers), flag, *_features(spec)])
+    family = _family(spec)
+    traits, params = (
+        (_sm90_traits(spec, tile), "FwdTmaParams")
+        if family == "fwd_sm90"
+        else (_sm80_traits(spec, tile), "FwdParams")
+    )
     return f"""#include "{header(spec)}"
-using Traits = fmha::FwdTraits<{traits}>;
+using Traits = fmha::{traits};
 static_assert(Traits::kSmemBytes == {catalog.smem_bytes(spec, tile)}, \
-"catalog.py and traits.cuh must agree on shared memory");
-FMHA_KERNEL({spec.name}, fmha::FwdParams, {tile.threads}, {tile.ctas_per_sm}) {{ \
+"catalog.py and the traits must agree on shared memory");
+FMHA_KERNEL({spec.name}, fmha::{params}, {tile.threads}, {tile.ctas_per_sm}) {{ \
 fmha::{family}<Traits>(params); }}
 """
+
+
+def _sm80_traits(spec: KernelSpec, tile: Tile) -> str:
+    flag = "true" if tile.q_in_regs else "false"
+    numbers = (spec.head_dim, spec.head_dim_v, tile.block_m, tile.block_n, tile.warps, tile.stages)
+    words = [_ELEMENT[spec.dtype], *map(str, numbers), flag, *_features(spec)]
+    return f"FwdTraits<{', '.join(words)}>"
+
+
+def _sm90_traits(spec: KernelSpec, tile: Tile) -> str:
+    words = [
+        _ELEMENT[spec.dtype], spec.head_dim, spec.head_dim_v, f"fmha::Score::k{spec.score.value.capitalize()}",
+        tile.block_n, tile.block_m // 64, tile.stages,
+    ]  # fmt: skip
+    return f"FwdSm90Traits<{', '.join(map(str, words))}>"
 
 
 def _features(spec: KernelSpec) -> list[str]:

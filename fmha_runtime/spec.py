@@ -27,29 +27,39 @@ class Arch(str, Enum):
     SM86 = "sm86"
     SM89 = "sm89"
     SM90 = "sm90"
+    SM90A = "sm90a"
     SM120 = "sm120"
 
     @property
     def capability(self) -> tuple[int, int]:
         """Compute capability (major, minor)."""
-        number = int(self.value[2:])
+        number = int(self.value[2:].rstrip("a"))
         return divmod(number, 10)
 
     @property
     def smem_limit(self) -> int:
         """Bytes of shared memory that one CTA may use (opt-in limit; CUDA C++ Programming Guide, table of
         technical specifications per compute capability)."""
-        kib = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm120": 99}[self.value]
+        kib = {(8, 0): 163, (9, 0): 227}.get(self.capability, 99)
         return kib * 1024
+
+    @property
+    def targets(self) -> tuple[Arch, ...]:
+        """Targets whose cubins run on a device of this arch, the preferred one first.
+
+        sm90a is Hopper's own instruction set (TMA, wgmma); sm90 is the mma.sync family compiled for the same GPUs.
+        """
+        return (Arch.SM90A, Arch.SM90) if self is Arch.SM90 else (self,)
 
     @classmethod
     def for_capability(cls, major: int, minor: int) -> Arch | None:
         """The arch whose cubins run on a device: same major number, highest minor not above the device's.
 
-        None when no arch of the table matches (cubins never cross a major compute capability).
+        None when no arch of the table matches (cubins never cross a major compute capability). On Hopper this is sm90,
+        whose ``targets`` include sm90a.
         """
         fits = [a for a in cls if a.capability[0] == major and a.capability[1] <= minor]
-        return max(fits, key=lambda a: a.capability, default=None)
+        return max(fits, key=lambda a: (a.capability, a is not Arch.SM90A), default=None)
 
 
 class DType(str, Enum):
@@ -94,7 +104,7 @@ HEAD_DIMS: tuple[tuple[int, int], ...] = (
 """(head dim of q and k, head dim of v) of the table."""
 
 _NAME = re.compile(
-    r"fmha_(?P<op>[a-z]+)_(?P<arch>sm\d+)_(?P<dtype>[a-z0-9]+)_d(?P<d>\d+)(?:x(?P<dv>\d+))?"
+    r"fmha_(?P<op>[a-z]+)_(?P<arch>sm\d+a?)_(?P<dtype>[a-z0-9]+)_d(?P<d>\d+)(?:x(?P<dv>\d+))?"
     r"(?P<packed>_packed)?(?:_(?P<score>alibi|softcap))?(?P<paged>_paged)?"
 )
 

@@ -36,6 +36,49 @@ FMHA_DEVICE void store_output(const float (&o)[Traits::kMTiles][Traits::kVTiles]
     }
 }
 
+// 4 x 4 transpose among the four lanes of a quad: lane i ends with what every lane held in x[i], in lane order.
+FMHA_DEVICE void quad_transpose(uint32_t (&x)[4], int lane) {
+    const bool odd = lane % 2 != 0;
+    const bool high = lane / 2 % 2 != 0;
+    FMHA_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t got = shfl_xor(odd ? x[i] : x[i + 1], 1);
+        x[i] = odd ? got : x[i];
+        x[i + 1] = odd ? x[i + 1] : got;
+    }
+    FMHA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t got = shfl_xor(high ? x[i] : x[i + 2], 2);
+        x[i] = high ? got : x[i];
+        x[i + 2] = high ? x[i + 2] : got;
+    }
+}
+
+// The same without shared memory, for one m16 tile: a quad holds 8 columns of a row in four lanes, four such tiles are
+// transposed among them, and each lane stores one 16-byte chunk.
+template <class Element, int kVTiles>
+FMHA_DEVICE void store_rows(const float (&o)[1][kVTiles][4], uint16_t* out, int64_t row_stride, int warp_row, int q_len,
+                            int lane) {
+    FMHA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + half * 8 + lane / 4;
+        FMHA_UNROLL
+        for (int vt = 0; vt < kVTiles; vt += 4) {
+            uint32_t x[4];
+            FMHA_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int tile = vt + i < kVTiles ? vt + i : 0;  // tiles past the last are not stored
+                x[i] = pack2<Element>(o[0][tile][half * 2], o[0][tile][half * 2 + 1]);
+            }
+            quad_transpose(x, lane);
+            const int chunk = vt + lane % 4;
+            if (row < q_len && chunk < kVTiles) {
+                st_global_v4(out + row * row_stride + chunk * kChunkElements, Vec4{{x[0], x[1], x[2], x[3]}});
+            }
+        }
+    }
+}
+
 template <int kMTiles>
 FMHA_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, float scale_log2, int warp_row, int q_len,
                            int lane) {

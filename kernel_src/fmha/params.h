@@ -55,7 +55,7 @@ struct FwdParams {
     int32_t chunk_shift;
     int32_t alibi_batch_stride;  // 0: all sequences share the slopes
     int32_t page_bits;           // log2 of the tokens of a page
-    int32_t mask_row_blocks;     // size of a mask in blocks of 64 rows and of 64 columns; outside it nothing is seen
+    int32_t mask_row_blocks;     // size of a mask in blocks of 64 rows and of 64 columns (varlen: of all sequences)
     int32_t mask_col_blocks;
     float scale;       // softmax scale
     float scale_log2;  // what a finished score is multiplied by: scale * log2(e); softcap kernels: cap * log2(e)
@@ -76,6 +76,7 @@ struct FwdTmaParams {
     TensorMap k_map;
     TensorMap v_map;
     FwdParams fwd;
+    int32_t ctas;  // size of the grid; a CTA takes every ctas-th tile
 };
 
 static_assert(sizeof(FwdParams) == 320, "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");

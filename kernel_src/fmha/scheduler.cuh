@@ -12,11 +12,10 @@ struct TileCoord {
     int batch;
 };
 
-// The grid is one-dimensional. Heads of the whole batch are cut into sections whose K and V fit the L2; inside a section
+// Tiles are numbered in the order they should start. Heads of the whole batch are cut into sections whose K and V fit the L2; inside a section
 // all heads start a query tile before the next tile begins. Under a causal mask the tiles with most keys go first, so
 // that the short ones fill the gaps at the end (longest processing time first).
-FMHA_DEVICE TileCoord schedule(const FwdParams& p) {
-    const int tile = static_cast<int>(block_idx());
+FMHA_DEVICE TileCoord schedule(const FwdParams& p, int tile) {
     const int all_heads = p.batch * p.heads;
     const int section_tiles = p.section_heads * p.m_blocks;
     const int section = tile / section_tiles;
