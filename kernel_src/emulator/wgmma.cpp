@@ -11,8 +11,9 @@
 namespace fmha {
 namespace emu {
 
-// What an accumulator holds while a wgmma on it is in flight.
-constexpr uint32_t kPoison = 0x7fedf00d;
+// What an accumulator holds while a wgmma on it is in flight. A signalling NaN: arithmetic on it
+// leaves other bits, so that a result stored back shows.
+constexpr uint32_t kPoison = 0x7fadf00d;
 
 // --- shared-memory descriptors
 
