@@ -13,6 +13,8 @@ from fmha_runtime.errors import EmulatorFault
 
 _SOURCE = """
 #include <ptx/sm80.cuh>
+#include <ptx/sm90.cuh>
+#include <ptx/wgmma.cuh>
 using namespace fmha;
 struct Params {{ const void* in[4]; void* out[4]; }};
 FMHA_KERNEL(probe, Params, 256, 1) {{
@@ -62,10 +64,10 @@ def fault(body: str, *args: object, **kwargs: object) -> str:
     raise AssertionError(f"no fault was raised by:\n{body}")
 
 
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy whose first byte is 16-byte aligned, which numpy does not promise."""
-    raw = np.empty(array.nbytes + 16, np.uint8)
-    start = -raw.ctypes.data % 16
+def aligned(array: np.ndarray, to: int = 16) -> np.ndarray:
+    """A copy whose first byte is aligned, which numpy does not promise."""
+    raw = np.empty(array.nbytes + to, np.uint8)
+    start = -raw.ctypes.data % to
     copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy

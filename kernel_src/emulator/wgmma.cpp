@@ -83,14 +83,14 @@ void wgmma_fence() {
     meet(thread, Op::kWgmmaFence, [](Warp* warp) { warp->fenced = true; });
 }
 
-static void check_fence(Thread* thread, const Registers& known, const char* what) {
-    if (known.at_fence.empty()
-            ? thread->warp->fenced
-            : same(known.at_fence, known.address) || same(known.left, known.address))
-        return;
-    fault(thread, Op::kWgmma,
-          "%s was written by ordinary code after the latest wgmma_fence: fence between the two",
-          what);
+// Registers that no fence has looked at yet count as written before the latest one.
+static void check_fence(Thread* thread, Registers& known, const char* what) {
+    if (known.at_fence.empty())
+        known.at_fence.assign(known.address, known.address + known.count);
+    else if (!same(known.at_fence, known.address) && !same(known.left, known.address))
+        fault(thread, Op::kWgmma,
+              "%s was written by ordinary code after the latest wgmma_fence: fence between the two",
+              what);
 }
 
 static void check_poisoned(Thread* thread, Op op, const Registers& d) {

@@ -33,7 +33,9 @@ FMHA_DEVICE void wgmma_wait() {
 }
 
 template <int kCount>
-FMHA_DEVICE void pin(float (&)[kCount]) {}
+FMHA_DEVICE void pin(float (&d)[kCount]) {
+    (void)d;
+}
 
 template <int kRegisters>
 FMHA_DEVICE void registers_inc() {
