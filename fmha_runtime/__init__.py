@@ -16,6 +16,9 @@ _HOME = {
     "attention_varlen": "api",
     "attention_with_kvcache": "api",
     "alibi_slopes": "alibi",
+    "PackedMask": "packed_mask",
+    "pack_mask": "packed_mask",
+    "unpack_mask": "packed_mask",
     "explain": "api",
     "is_supported": "api",
     "merge_states": "api",
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
         UnsupportedProblem,
     )
     from .launch import Plan
+    from .packed_mask import PackedMask, pack_mask, unpack_mask
     from .spec import KernelSpec
 
 

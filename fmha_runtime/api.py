@@ -17,6 +17,7 @@ from .call import NO_EXTRAS, Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError, UnsupportedProblem
 from .launch import Plan
+from .packed_mask import PackedMask, unpack_mask
 from .spec import Arch
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    mask: PackedMask | torch.Tensor | None = None,
     attention_chunk: int | None = None,
     seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -60,6 +62,9 @@ def attention(
         softcap: cap * tanh(score / cap) before the mask; 0 = off.
         alibi_slopes: [H] or [B, H] fp32; adds -slope * abs(distance to the diagonal). Not with softcap.
         sinks: [H] fp32; the logit of one more key per head that has no value: it takes weight and is part of the LSE.
+        mask: which keys each query sees, True = attend: bool [Sq, Sk] or [B or 1, H or 1, Sq, Sk], or what
+            ``pack_mask`` made of it. A bool mask is packed in every call; pack once what is used again. Causal, window and
+            lengths apply on top. Keys beyond the mask's columns are not seen.
         attention_chunk: a query sees only keys of its own chunk of this many positions; None = off.
         seqused_k: [B] int32, keys of each sequence that exist (right-padded K and V); None = all.
         out: tensor to write, [B, Sq, H, Dv]; default a new contiguous one.
@@ -81,7 +86,7 @@ def attention(
     """
     return _call(
         q, k, v, None, None, None, None, causal, window, scale, softcap, attention_chunk, alibi_slopes, sinks, None,
-        seqused_k, out, return_lse, device, stream, fallback,
+        mask, seqused_k, out, return_lse, device, stream, fallback,
     )  # fmt: skip
 
 
@@ -100,6 +105,7 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    mask: PackedMask | torch.Tensor | None = None,
     attention_chunk: int | None = None,
     seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -119,6 +125,8 @@ def attention_varlen(
         cu_seqlens_k: [B + 1] int32, the same for k and v.
         max_seqlen_q: longest query sequence, or an upper bound of it.
         max_seqlen_k: longest key sequence, or an upper bound of it.
+        mask: bool [Tq, columns] or [H or 1, Tq, columns], column j of a token's row is key j of its sequence; or packed by
+            ``pack_mask(mask, cu_seqlens_q=cu_seqlens_q)``.
         seqused_k: [B] int32, keys at the start of each segment that exist; None = all.
 
     The other arguments are those of ``attention``.
@@ -133,7 +141,7 @@ def attention_varlen(
         raise InputError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; without them call attention()")
     return _call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, softcap,
-        attention_chunk, alibi_slopes, sinks, None, seqused_k, out, return_lse, device, stream, fallback,
+        attention_chunk, alibi_slopes, sinks, None, mask, seqused_k, out, return_lse, device, stream, fallback,
     )  # fmt: skip
 
 
@@ -152,6 +160,7 @@ def attention_with_kvcache(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    mask: PackedMask | torch.Tensor | None = None,
     attention_chunk: int | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -171,6 +180,7 @@ def attention_with_kvcache(
         page_table: [B, P] int32: token j of sequence b lies in page page_table[b, j // page_size]. Entries past a
             sequence's length are never read as pages and may be anything.
         cu_seqlens_q: [B + 1] int32 for queries of different lengths, with max_seqlen_q as in ``attention_varlen``.
+        mask: as in ``attention``, or with cu_seqlens_q as in ``attention_varlen``; column j is token j of the cache.
 
     The other arguments are those of ``attention``.
 
@@ -191,20 +201,21 @@ def attention_with_kvcache(
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
     return _call(
         q, k_cache, v_cache, cu_seqlens_q, None, max_seqlen_q, None, causal, window, scale, softcap, attention_chunk,
-        alibi_slopes, sinks, page_table, cache_seqlens, out, return_lse, device, stream, fallback, True,
+        alibi_slopes, sinks, page_table, mask, cache_seqlens, out, return_lse, device, stream, fallback, True,
     )  # fmt: skip
 
 
 def _call(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
-    softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, used: Any, out: Any, return_lse: bool, device: Any,
-    stream: Any, fallback: Any, cache: bool = False,
+    softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, mask: Any, used: Any, out: Any, return_lse: bool,
+    device: Any, stream: Any, fallback: Any, cache: bool = False,
 ) -> Any:  # fmt: skip
     # The hot path: one dictionary look-up stands for every check that depends on geometry and options.
     extras, optional = NO_EXTRAS, None
-    if alibi is not None or sinks is not None or table is not None:
-        extras = Extras(alibi, sinks, table)
-        optional = tuple(map(_geometry, (alibi, sinks, table)))
+    if alibi is not None or sinks is not None or table is not None or mask is not None:
+        mask = launch.packed(mask, cu_q)
+        extras = Extras(alibi, sinks, table, mask)
+        optional = (*map(_geometry, (alibi, sinks, table)), None if mask is None else mask.key)
     key: Any
     try:
         key = (
@@ -340,6 +351,7 @@ def _in_torch(
     shared: dict[str, Any] = {
         **options, "alibi_slopes": extras.alibi_slopes, "sinks": extras.sinks, "page_table": extras.page_table,
         "seqused_k": used, "compute_dtype": torch.float32,
+        "mask": None if extras.mask is None else unpack_mask(extras.mask, cu_seqlens_q=cu_q),
     }  # fmt: skip
     if cu_q is None:
         result, lse = reference.attention(q, k, v, **shared)
@@ -367,6 +379,7 @@ def plan(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    mask: PackedMask | torch.Tensor | None = None,
     attention_chunk: int | None = None,
     page_table: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
@@ -383,7 +396,7 @@ def plan(
 
     Returns:
         a Plan; ``run(q, k, v, out=, return_lse=, stream=)`` with the tensors among ``cu_seqlens_q=, cu_seqlens_k=,
-        seqused_k=, alibi_slopes=, sinks=, page_table=`` that it was made with launches it.
+        seqused_k=, alibi_slopes=, sinks=, page_table=, mask=`` that it was made with launches it.
 
     Raises:
         the errors of ``attention``; InputError also for CPU tensors without device="emulator", which need no plan.
@@ -392,7 +405,7 @@ def plan(
     options = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": attention_chunk
     }  # fmt: skip
-    extras = Extras(alibi_slopes, sinks, page_table)
+    extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     made = _make_plan(q, k, v, lengths, options, extras, out, device, None, None)
     if made is None:
         raise InputError(
@@ -429,6 +442,7 @@ def explain(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    mask: PackedMask | torch.Tensor | None = None,
     attention_chunk: int | None = None,
     page_table: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
@@ -449,7 +463,7 @@ def explain(
     if isinstance(q, Problem):
         return dispatch.trace(q)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
-    extras = Extras(alibi_slopes, sinks, page_table)
+    extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     shape = _checked(q, k, v, lengths, extras)
     opts = call.options(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import tensors
 from .errors import InputError, UnsupportedProblem
+from .packed_mask import PackedMask
 from .params import UNLIMITED
 from .spec import KvLayout, Mask, Score
 
@@ -110,16 +111,20 @@ class Extras:
     alibi_slopes: torch.Tensor | None = None  # [H] or [B, H] fp32
     sinks: torch.Tensor | None = None  # [H] fp32
     page_table: torch.Tensor | None = None  # [B, pages] int32
+    mask: PackedMask | None = None
 
     @property
     def given(self) -> tuple[bool, ...]:
         """Which of them are there."""
-        return tuple(x is not None for x in (self.alibi_slopes, self.sinks, self.page_table))
+        each = (self.alibi_slopes, self.sinks, self.page_table, self.mask)
+        return tuple(x is not None for x in each)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Those that are there."""
-        return tuple(x for x in (self.alibi_slopes, self.sinks, self.page_table) if x is not None)
+        bits = () if self.mask is None else (self.mask.words, self.mask.any)
+        each = (self.alibi_slopes, self.sinks, self.page_table, *bits)
+        return tuple(x for x in each if x is not None)
 
 
 NO_EXTRAS = Extras()
@@ -297,6 +302,27 @@ def _check_extras(extras: Extras, shape: Shape, device: torch.device) -> None:
         _check_floats("alibi_slopes", extras.alibi_slopes, (each, own), device)
     if extras.sinks is not None:
         _check_floats("sinks", extras.sinks, (each,), device)
+    if extras.mask is not None:
+        _check_mask(extras.mask, shape, device)
+
+
+def _check_mask(mask: PackedMask, shape: Shape, device: torch.device) -> None:
+    if mask.device != device:
+        raise InputError(f"the mask is on {mask.device}, q is on {device}: pack it there")
+    if (mask.sequences is not None) != shape.varlen:
+        raise InputError(
+            f"{mask} for {'varlen' if shape.varlen else 'dense'} queries: pack_mask(mask, cu_seqlens_q=...) packs for "
+            "varlen, pack_mask(mask) for dense"
+        )
+    if mask.heads not in (1, shape.heads) or mask.batch not in (1, shape.batch):
+        raise InputError(
+            f"{mask} for batch {shape.batch} and {shape.heads} heads: both must be equal to these, or 1"
+        )
+    if mask.sequences is not None:
+        if (mask.sequences, mask.rows) != (shape.batch, shape.total_q):
+            raise InputError(f"{mask} for {shape.batch} sequences of {shape.total_q} tokens together")
+    elif mask.rows != shape.seqlen_q:
+        raise InputError(f"{mask} for {shape.seqlen_q} queries: the rows must be equal")
 
 
 def _check_floats(
@@ -331,4 +357,4 @@ def score(opts: Options, extras: Extras) -> Score:
 
 def mask(extras: Extras) -> Mask:
     """Which family of masks a call asks for."""
-    return Mask.BAND
+    return Mask.BAND if extras.mask is None else Mask.PACKED

@@ -52,7 +52,9 @@ class Tile:
                 "'BLOCK_MxBLOCK_N wWARPS sSTAGES cCTAS_PER_SM[ q]', for example '128x64 w4 s2 c2'"
             )
         m, n, warps, stages, ctas = (int(number) for number in found.groups()[:5])
-        if warps < 1 or ctas < 1 or stages < 2 or m < 1 or n < 1 or m % (16 * warps) or n % 16:
+        # mma.sync kernels give each warp whole m16 tiles; Hopper's have a warpgroup a 64 rows and one more to produce.
+        whole = warps > 0 and (m % (16 * warps) == 0 or (m % 64 == 0 and warps == m // 16 + 4))
+        if not whole or ctas < 1 or stages < 2 or m < 1 or n < 1 or n % 16:
             raise InputError(
                 f"tile {text!r} cannot be built: block_m must be a multiple of 16 * warps, "
                 "block_n of 16, with at least 2 stages and 1 CTA per SM"
@@ -81,12 +83,51 @@ _TILES: dict[tuple[int, int], tuple[str, str, str]] = {
     (192, 128): ("64x64 w4 s2 c1", "128x32 w4 s2 c2", "64x32 w4 s2 c1"),
 }
 
+# Hopper's own kernels (TMA, wgmma), swept on an H200 on 2026-11-21 (docs/notes/hopper_forward.md).
+_HOPPER_TILES: dict[tuple[int, int], str] = {
+    (32, 32): "192x128 w16 s2 c1",
+    (40, 40): "192x128 w16 s2 c1",
+    (48, 48): "192x128 w16 s2 c1",
+    (64, 64): "192x128 w16 s2 c1",
+    (72, 72): "192x112 w16 s2 c1",
+    (80, 80): "192x112 w16 s2 c1",
+    (96, 96): "192x96 w16 s2 c1",
+    (104, 104): "192x96 w16 s2 c1",
+    (128, 128): "128x128 w12 s2 c1",
+    (160, 160): "128x112 w12 s2 c1",
+    (192, 192): "128x112 w12 s2 c1",
+    (256, 256): "128x80 w12 s2 c1",
+    (192, 128): "128x128 w12 s2 c1",
+}
+
 _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
-    (Mask.BAND, score, kv) for score in Score for kv in KvLayout
+    (mask, score, kv)
+    for mask in Mask
+    for score in Score
+    for kv in KvLayout
+    if mask is Mask.BAND or score is Score.PLAIN
 )
 """Masks, scores and KV layouts that are built for every head dim."""
 
+_HOPPER_FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
+    (Mask.BAND, score, KvLayout.CONTIGUOUS) for score in Score
+)
+"""Those of Hopper's own kernels; the others run on the mma.sync kernels compiled for sm90."""
+
+
+def _features(arch: Arch) -> tuple[tuple[Mask, Score, KvLayout], ...]:
+    return _HOPPER_FEATURES if arch is Arch.SM90A else _FEATURES
+
+
 _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
+    f"fmha_fwd_sm90a_{dtype}_d{d}{score}": (
+        32,
+        "in the producer's set-up of a tile, which has 32 to 40 registers and runs ahead",
+    )
+    for dtype in ("fp16", "bf16")
+    for d in (32, 40, 48, 64, 72, 80, 96, 104, 256)
+    for score in ("", "_alibi", "_softcap")
+} | {
     f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
     for dtype in ("fp16", "bf16")
     for dims, size in (("d96", 164), ("d192x128", 84), ("d256", 24))
@@ -103,7 +144,7 @@ def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
         if arch is None or each is arch
         for dtype in (DType.FP16, DType.BF16)
         for dims in HEAD_DIMS
-        for mask, score, kv in _FEATURES
+        for mask, score, kv in _features(each)
     )
     return tuple(sorted(specs, key=lambda spec: spec.name))
 
@@ -112,10 +153,9 @@ def exists(spec: KernelSpec) -> bool:
     """Whether the catalogue has this kernel."""
     return (
         spec.op is Op.FWD
-        and spec.arch in _COLUMN
         and spec.dtype in (DType.FP16, DType.BF16)
         and (spec.head_dim, spec.head_dim_v) in _TILES
-        and (spec.mask, spec.score, spec.kv) in _FEATURES
+        and (spec.mask, spec.score, spec.kv) in _features(spec.arch)
     )
 
 
@@ -132,24 +172,25 @@ def tile(spec: KernelSpec) -> Tile:
             f"`fmha list` shows the {len(enumerate_specs())} that it has",
             problem=spec,
         )
-    chosen = Tile.parse(_TILES[spec.head_dim, spec.head_dim_v][_COLUMN[spec.arch]])
+    dims = (spec.head_dim, spec.head_dim_v)
+    if spec.arch is not Arch.SM90A:
+        text = _TILES[dims][_COLUMN[spec.arch]]
+    elif dims == (64, 64) and spec.score is Score.SOFTCAP:
+        text = "192x112 w16 s2 c1"  # the cap needs registers; 128 keys a step spill 140 bytes
+    else:
+        text = _HOPPER_TILES[dims]
+    chosen = Tile.parse(text)
     smem_bytes(spec, chosen)
     return chosen
 
 
 def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
-    """Dynamic shared memory of one CTA in bytes; the kernel asserts the same number
-    (FwdTraits::kSmemBytes).
-
-    Q and the K stages are as deep as the instruction wants (a multiple of 16), V is exact; O reuses
-    Q's rows.
+    """Dynamic shared memory of one CTA in bytes; the kernel asserts the same number (kSmemBytes of its traits).
 
     Raises:
         InputError: more than one CTA may use on this arch.
     """
-    depth = -(-spec.head_dim // 16) * 16
-    elements = tile.block_m * depth + tile.stages * tile.block_n * (depth + spec.head_dim_v)
-    need = spec.dtype.itemsize * elements
+    need = _hopper_smem(spec, tile) if spec.arch is Arch.SM90A else _smem(spec, tile)
     if need > spec.arch.smem_limit:
         raise InputError(
             f"tile {tile} of {spec.name} needs {need} bytes of shared memory and "
@@ -157,6 +198,21 @@ def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
             "use fewer rows, keys or stages"
         )
     return need
+
+
+def _smem(spec: KernelSpec, tile: Tile) -> int:
+    """Q and the K stages are as deep as the instruction wants (a multiple of 16), V is exact; O reuses Q's rows."""
+    depth = -(-spec.head_dim // 16) * 16
+    elements = tile.block_m * depth + tile.stages * tile.block_n * (depth + spec.head_dim_v)
+    return spec.dtype.itemsize * elements
+
+
+def _hopper_smem(spec: KernelSpec, tile: Tile) -> int:
+    """Q, K and V in column groups as wide as the swizzle span, and 256 bytes of barriers."""
+    columns = 32 if spec.head_dim <= 32 else 64
+    depth, width = (-(-d // columns) * columns for d in (spec.head_dim, spec.head_dim_v))
+    elements = tile.block_m * depth + tile.stages * tile.block_n * (depth + width)
+    return spec.dtype.itemsize * elements + 256
 
 
 def allowed_spill_bytes(spec: KernelSpec) -> int:

@@ -254,12 +254,12 @@ def load(
     found = _kernels.get(key)
     if found is not None:
         return found
-    if device >= 0 and stream_is_capturing(stream):
-        raise DriverError(
-            f"{name} is not loaded yet and a CUDA graph is being captured on this stream; loading is not allowed "
-            "there. Call fmha_runtime.prepare(...) (or run the call once) before the capture begins."
-        )
     with _lock, _current(device):
+        if stream_is_capturing(stream):
+            raise DriverError(
+                f"{name} is not loaded yet and a CUDA graph is being captured on this stream; loading is not allowed "
+                "there. Call fmha_runtime.prepare(...) (or run the call once) before the capture begins."
+            )
         api = _api()
         text = image if image[:4] == b"\x7fELF" else image + b"\0"
         library = _call("cuLibraryLoadData", text, [], [], 0, [], [], 0)
@@ -306,6 +306,15 @@ class _current:
 
     def __exit__(self, *_: object) -> None:
         _call("cuCtxPopCurrent")
+
+
+INVALID_CONTEXT = 201
+"""CUresult of a call in a thread that has no context yet."""
+
+
+def bind(device: int) -> None:
+    """Makes a device's primary context the calling thread's: a thread that has not touched CUDA has none."""
+    _call("cuCtxSetCurrent", _context(device))
 
 
 def synchronize(device: int) -> None:

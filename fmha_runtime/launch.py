@@ -12,11 +12,12 @@ import math
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import build, call, catalog, config, driver, emulator, manifest, tensors
+from . import build, call, catalog, config, driver, emulator, manifest, params, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
-from .errors import InputError, KernelNotBuilt
-from .params import UNLIMITED, FwdParams
+from .errors import DriverError, InputError, KernelNotBuilt
+from .packed_mask import PackedMask, pack_mask
+from .params import UNLIMITED, FwdTmaParams
 from .spec import Arch, KernelSpec
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 Kernel = Any  # driver.Kernel or emulator.Kernel: the same interface, no common base needed
 
 EMULATED_L2 = 16 << 20
+EMULATED_SMS = 2
+PERSISTENT_SEQLEN = 1024
+"""Up to this many keys a Hopper CTA works through several query tiles: starting one costs as much as a few KV tiles.
+Longer tiles are left to the hardware's scheduler, which balances causal work better (docs/notes/hopper_forward.md)."""
 LOG2_E = math.log2(math.e)
 
 
@@ -72,7 +77,7 @@ def load(
         return emulator.load(spec, tile)
     index = int(device.partition(":")[2] or 0)
     smem = catalog.smem_bytes(spec, tile or catalog.tile(spec))
-    size = ctypes.sizeof(FwdParams)
+    size = ctypes.sizeof(params.block_type(spec))
     if via == "ptx":
         image = build.compile_ptx(spec, tile)
     elif via == "cubin":
@@ -131,7 +136,8 @@ class Plan:
         self._emulated = isinstance(kernel, emulator.Kernel)
         self._device = -1 if self._emulated else kernel.device
         self._torch = torch
-        p = self._params = FwdParams()
+        block = params.allocate(spec)
+        p = self._params = block.fwd if isinstance(block, FwdTmaParams) else block
         strides = out.stride() if out is not None else _contiguous(shape.out)
         self._out_strides = strides
         for stride, own in (
@@ -162,8 +168,36 @@ class Plan:
             raise InputError(
                 f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch"
             )
-        self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(p))
+        self._maps: tuple[int, ...] = ()
+        if isinstance(block, FwdTmaParams):
+            self.grid = block.ctas = self._ctas()
+            self._encode_maps(block, (q, k, v))
+        self._block = block
+        self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         self._argument_address = ctypes.addressof(self._argument)
+
+    def _ctas(self) -> int:
+        """CTAs of a Hopper kernel: one a tile, or as many as fit the GPU at once."""
+        if self.shape.varlen or self.shape.seqlen_k > PERSISTENT_SEQLEN:
+            return self.grid
+        sms = EMULATED_SMS if self._emulated else driver.sm_count(self._device)
+        return min(self.grid, sms * self.tile.ctas_per_sm)
+
+    def _encode_maps(self, block: FwdTmaParams, operands: tuple[torch.Tensor, ...]) -> None:
+        """Tensor maps of q, k and v; left out where there is nothing to load."""
+        if any(0 in t.shape for t in operands):
+            return
+        columns = 32 if self.shape.head_dim <= 32 else 64  # FwdSm90Traits::kGroupColumns
+        swizzle = tensor_map.Swizzle.B64 if columns == 32 else tensor_map.Swizzle.B128
+        encode = tensor_map.encode_emulated if self._emulated else tensor_map.encode
+        rows = (self.tile.block_m, self.tile.block_n, self.tile.block_n)
+        slots = (block.q_map, block.k_map, block.v_map)
+        for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
+            layout = tensor_map.layout(
+                tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle
+            )
+            encode(layout, tensor.data_ptr(), ctypes.addressof(slot))
+        self._maps = tuple(ctypes.addressof(slot) for slot in slots)
 
     def _place(self, extras: Extras) -> None:
         """What the parameter block says of the optional tensors, their addresses aside."""
@@ -174,6 +208,10 @@ class Plan:
             assert self.shape.page_size is not None
             p.page_table_stride = table.stride(0)
             p.page_bits = self.shape.page_size.bit_length() - 1
+        if extras.mask is not None:
+            batch, heads, p.mask_row_blocks, p.mask_col_blocks, _ = extras.mask.words.shape
+            p.mask_batch_stride = heads * p.mask_row_blocks if batch > 1 else 0
+            p.mask_head_stride = p.mask_row_blocks if heads > 1 else 0
 
     def _section(self) -> int:
         """Query heads that run side by side: as many as keep their K and V in a quarter of the L2."""
@@ -197,6 +235,7 @@ class Plan:
         alibi_slopes: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
         page_table: torch.Tensor | None = None,
+        mask: PackedMask | None = None,
         stream: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Launches on tensors with the geometry that the plan was made for.
@@ -214,10 +253,12 @@ class Plan:
                 f"out has shape {tuple(out.shape)} and strides {out.stride()}; this plan writes "
                 f"{self.shape.out} with strides {tuple(self._out_strides)}"
             )
-        extras = Extras(alibi_slopes, sinks, page_table)
+        extras = NO_EXTRAS
+        if not (alibi_slopes is sinks is page_table is mask is None):
+            extras = Extras(alibi_slopes, sinks, page_table, mask)
         if extras.given != self._asked:
             raise InputError(
-                "a plan is for one set of optional tensors (alibi_slopes, sinks, page_table): "
+                "a plan is for one set of optional tensors (alibi_slopes, sinks, page_table, mask): "
                 f"this one was made with {self._asked}, this run has {extras.given}"
             )
         return self.launch(
@@ -249,6 +290,8 @@ class Plan:
         torch = self._torch
         if out is None:
             out = torch.empty(self.shape.out, dtype=q.dtype, device=q.device)
+            if self._emulated:
+                out.fill_(float("nan"))  # what a kernel forgets to write shows
         lse = None
         if return_lse:
             lse = torch.empty(self.shape.lse, dtype=torch.float32, device=q.device)
@@ -268,14 +311,24 @@ class Plan:
                     p.alibi_slopes = _address(extras.alibi_slopes)
                     p.sinks = _address(extras.sinks)
                     p.page_table = _address(extras.page_table)
+                    if extras.mask is not None:
+                        p.mask, p.mask_any = extras.mask.words.data_ptr(), extras.mask.any.data_ptr()
                 if self._emulated:
                     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
-                    self._emulate(inputs, (out, lse))
+                    self._emulate(addresses, inputs, (out, lse))
                 else:
-                    self._enqueue(stream)
+                    try:
+                        self._enqueue(addresses, stream)
+                    except DriverError as error:
+                        if error.code != driver.INVALID_CONTEXT:
+                            raise
+                        driver.bind(self._device)  # this thread's first CUDA call
+                        self._enqueue(addresses, stream)
         return out if lse is None else (out, lse)
 
-    def _enqueue(self, stream: int | None) -> None:
+    def _enqueue(self, addresses: tuple[int, ...], stream: int | None) -> None:
+        for slot, address in zip(self._maps, addresses, strict=False):
+            tensor_map.replace_address(slot, address)
         device = self._device
         cuda = self._torch._C
         if stream is None:
@@ -291,8 +344,13 @@ class Plan:
                 )
 
     def _emulate(
-        self, inputs: tuple[torch.Tensor | None, ...], outputs: tuple[torch.Tensor | None, ...]
+        self,
+        addresses: tuple[int, ...],
+        inputs: tuple[torch.Tensor | None, ...],
+        outputs: tuple[torch.Tensor | None, ...],
     ) -> None:
+        for slot, address in zip(self._maps, addresses, strict=False):
+            tensor_map.replace_address_emulated(slot, address)
         buffers = [
             (t.data_ptr(), tensors.extent_bytes(t), writable)
             for group, writable in ((inputs, False), (outputs, True))
@@ -300,7 +358,7 @@ class Plan:
             if t is not None
         ]
         self.kernel.launch(
-            self.grid, self._threads, self._smem, 0, ctypes.addressof(self._params), buffers
+            self.grid, self._threads, self._smem, 0, ctypes.addressof(self._block), buffers
         )
 
 
@@ -332,6 +390,13 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def packed(mask: Any, cu_seqlens_q: Any) -> PackedMask | None:
+    """The mask of a call as kernels read it; anything but a PackedMask is packed now."""
+    if mask is None or isinstance(mask, PackedMask):
+        return mask
+    return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
+
+
 def run(
     kernel: Kernel,
     spec: KernelSpec,
@@ -347,6 +412,7 @@ def run(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     page_table: torch.Tensor | None = None,
+    mask: Any = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
@@ -362,7 +428,7 @@ def run(
     Raises:
         InputError: bad tensors or options, or a problem that this kernel does not compute.
     """
-    extras = Extras(alibi_slopes, sinks, page_table)
+    extras = Extras(alibi_slopes, sinks, page_table, packed(mask, cu_seqlens_q))
     shape = call.check_call(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, out=out, extras=extras, cache=page_table is not None,
@@ -370,11 +436,11 @@ def run(
     opts = call.options(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
     )
-    dtype, score, mask = tensors.dtype_of("q", q), call.score(opts, extras), call.mask(extras)
-    wanted = (dtype, shape.head_dim, shape.head_dim_v, mask, score, shape.kv)
+    dtype, score, family = tensors.dtype_of("q", q), call.score(opts, extras), call.mask(extras)
+    wanted = (dtype, shape.head_dim, shape.head_dim_v, family, score, shape.kv)
     if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v, spec.mask, spec.score, spec.kv):
         raise InputError(
-            f"{spec.name} does not compute {dtype.value} with head dims {wanted[1]}x{wanted[2]}, {mask.value} mask, "
+            f"{spec.name} does not compute {dtype.value} with head dims {wanted[1]}x{wanted[2]}, {family.value} mask, "
             f"{score.value} scores, {shape.kv.value} K and V"
         )
     plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Window = Sequence[int | None] | None
 
-_Extras = tuple["Tensor | None", "Tensor | None", "Tensor | None"]  # slopes, sinks, page table
-
 # Scores held at once: 2**24 doubles are 128 MiB, and a handful of such temporaries exist together.
 _MAX_SCORES = 1 << 24
 
@@ -38,6 +36,29 @@ class _Maths:
     scale: float
     softcap: float
     chunk: int  # 0: none
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """The optional tensors of a call."""
+
+    slopes: Tensor | None
+    sinks: Tensor | None
+    page_table: Tensor | None
+    mask: Tensor | None  # [B or 1, H or 1, Sq, columns]; varlen: [Tq, columns] or [H or 1, Tq, columns]
+
+    def of(self, b: int, rows: slice | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """ALiBi slopes, sinks and mask of one sequence; ``rows`` are its tokens of a varlen batch."""
+        slopes, mask = self.slopes, self.mask
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[b]
+        if mask is not None:
+            if rows is not None:
+                mask = (mask if mask.ndim == 3 else mask[None])[:, rows]
+            else:
+                mask = mask[None, None] if mask.ndim == 2 else mask
+                mask = mask[b if mask.shape[0] > 1 else 0]
+        return slopes, self.sinks, mask
 
 
 def band(causal: bool = False, window: Window = None) -> tuple[int | None, int | None]:
@@ -70,6 +91,7 @@ def attention(
     sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
+    mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q [B, Sq, H, D]``, ``k [B, Sk, Hk, D]``, ``v [B, Sk, Hk, Dv]``, on any device.
@@ -85,7 +107,7 @@ def attention(
 
     dtype = compute_dtype or torch.float64
     maths = _maths(dtype, dtype, q, causal, window, scale, softcap, attention_chunk)
-    extras = (alibi_slopes, sinks, page_table)
+    extras = _Extras(alibi_slopes, sinks, page_table, mask)
     return _dense(maths, q, k, v, seqused_k, extras)
 
 
@@ -105,6 +127,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
+    mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences: ``q [Tq, H, D]``, ``k [Tk, Hk, D]``, ``v [Tk, Hk, Dv]``.
@@ -122,7 +145,7 @@ def attention_varlen(
 
     dtype = compute_dtype or torch.float64
     maths = _maths(dtype, dtype, q, causal, window, scale, softcap, attention_chunk)
-    extras = (alibi_slopes, sinks, page_table)
+    extras = _Extras(alibi_slopes, sinks, page_table, mask)
     return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
 
 
@@ -140,6 +163,7 @@ def baseline(
     sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same maths with both matrix products in the input dtype and the softmax in float32.
 
@@ -153,7 +177,7 @@ def baseline(
     maths = _maths(
         q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk
     )
-    extras = (alibi_slopes, sinks, page_table)
+    extras = _Extras(alibi_slopes, sinks, page_table, mask)
     return _dense(maths, q, k, v, seqused_k, extras)
 
 
@@ -173,6 +197,7 @@ def baseline_varlen(
     sinks: Tensor | None = None,
     seqused_k: Tensor | None = None,
     page_table: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``baseline`` of packed sequences: ``out [Tq, H, Dv]``, ``lse [H, Tq]`` in float32."""
     import torch
@@ -180,7 +205,7 @@ def baseline_varlen(
     maths = _maths(
         q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk
     )
-    extras = (alibi_slopes, sinks, page_table)
+    extras = _Extras(alibi_slopes, sinks, page_table, mask)
     return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
 
 
@@ -207,7 +232,7 @@ def _dense(
     lse = q.new_full((batch, heads, rows), float("-inf"), dtype=maths.softmax_dtype)
     keys = [k.shape[1]] * batch if seqused_k is None else seqused_k.tolist()
     for b in range(batch):
-        part = _sequence(maths, q[b], *_cached(k, v, b, keys[b], extras), *_of(extras, b))
+        part = _sequence(maths, q[b], *_cached(k, v, b, keys[b], extras), *extras.of(b, None))
         out[b], lse[b] = part
     return out, lse
 
@@ -236,28 +261,28 @@ def _varlen(
         else:
             k_range = slice(first_k[b], first_k[b + 1] if used is None else first_k[b] + used[b])
             keys, values = k[k_range], v[k_range]
-        part = _sequence(maths, q[q_range], keys, values, *_of(extras, b))
+        part = _sequence(maths, q[q_range], keys, values, *extras.of(b, q_range))
         out[q_range], lse[:, q_range] = part
     return out, lse
 
 
 def _cached(k: Tensor, v: Tensor, b: int, length: int, extras: _Extras) -> tuple[Tensor, Tensor]:
     """The keys and values of one sequence: rows of a dense tensor, or gathered from its pages."""
-    table = extras[2]
+    table = extras.page_table
     if table is None:
         return k[b, :length], v[b, :length]
     pages = table[b, : -(-length // k.shape[1])].long()
     return k[pages].flatten(0, 1)[:length], v[pages].flatten(0, 1)[:length]
 
 
-def _of(extras: _Extras, b: int) -> tuple[Tensor | None, Tensor | None]:
-    """ALiBi slopes and sinks of one sequence."""
-    slopes, sinks, _ = extras
-    return (slopes[b] if slopes is not None and slopes.ndim == 2 else slopes), sinks
-
-
 def _sequence(
-    maths: _Maths, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
+    maths: _Maths,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One sequence whose keys all exist: q [Sq, H, D] -> out [Sq, H, Dv] and lse [H, Sq]."""
     import torch
@@ -273,6 +298,7 @@ def _sequence(
     v = v.to(maths.matmul_dtype).transpose(0, 1)
     bias = None if slopes is None else -slopes.to(maths.softmax_dtype).view(kv_heads, group, 1, 1)
     sink = None if sinks is None else sinks.to(maths.softmax_dtype).view(kv_heads, group, 1, 1)
+    hidden = None if mask is None else _hidden(mask, sk, kv_heads, group)
     step = max(1, _MAX_SCORES // (heads * sk))
     parts = []
     for begin in range(0, sq, step):
@@ -296,6 +322,9 @@ def _sequence(
                 maths.chunk, rounding_mode="floor"
             )
             score = score.masked_fill(other, float("-inf"))
+        if hidden is not None:
+            part_hidden = hidden[..., begin : begin + rows, :]
+            score = score.masked_fill(part_hidden, float("-inf"))
         if sink is not None:  # one more key, whose value is nothing
             score = torch.cat([score, sink.expand(*score.shape[:-1], 1)], -1)
         top = score.amax(-1, keepdim=True)
@@ -307,3 +336,12 @@ def _sequence(
         parts.append((part, (top + torch.log(total)).squeeze(-1)))
     out = torch.cat([part for part, _ in parts], 2).flatten(0, 1).transpose(0, 1)
     return out, torch.cat([part for _, part in parts], 2).flatten(0, 1)
+
+
+def _hidden(mask: Tensor, keys: int, kv_heads: int, group: int) -> Tensor:
+    """The keys that a mask [H or 1, Sq, columns] hides, [kv heads or 1, group or 1, Sq, keys]."""
+    import torch.nn.functional
+
+    seen = (mask != 0)[..., :keys]
+    hidden = ~torch.nn.functional.pad(seen, (0, keys - seen.shape[-1]))
+    return hidden[None] if len(hidden) == 1 else hidden.unflatten(0, (kv_heads, group))

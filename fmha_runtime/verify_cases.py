@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .call import PAGE_SIZES
 from .errors import InputError
-from .spec import KernelSpec, KvLayout, Mask, Score
+from .spec import DType, KernelSpec, KvLayout, Mask, Score
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,8 @@ class Case:
     sinks: float = 0.0  # standard deviation of the sinks; 0: none
     chunk: int | None = None
     page_size: int = 0  # 0: K and V are contiguous
+    mask: float = 0.0  # share of keys that a packed mask shows; 0: none
+    mask_of: str = "all"  # one mask for "all", or of "heads", "batch", "both"
     options: bool = False  # also check that every option changes the output
     quick: bool = False
 
@@ -85,6 +87,7 @@ class Case:
         text += f" sinks x{self.sinks}" if self.sinks else ""
         text += f" chunk={self.chunk}" if self.chunk else ""
         text += f" pages of {self.page_size}" if self.page_size else ""
+        text += f" mask of {self.mask_of} {self.mask}" if self.mask else ""
         return f"{text} {self.layout}" + " options" * self.options
 
     @property
@@ -124,24 +127,24 @@ def cases(spec: KernelSpec) -> tuple[Case, ...]:
     Raises:
         InputError: no cases are written for kernels with this mask, score or KV layout.
     """
-    if spec.mask is not Mask.BAND:
+    if spec.dtype is DType.E4M3:
         raise InputError(
-            f"there are no verification cases for {spec.name}: only band masks are covered; "
+            f"there are no verification cases for {spec.name}: only 16-bit types are covered; "
             "add its cases to verify_cases.py"
         )
-    return _cases(spec.score, spec.kv)
+    return _cases(spec.mask, spec.score, spec.kv)
 
 
 @cache
-def _cases(score: Score, kv: KvLayout) -> tuple[Case, ...]:
+def _cases(mask: Mask, score: Score, kv: KvLayout) -> tuple[Case, ...]:
     return tuple(
-        Case(id=i, **settings, **_features(settings, i, score, kv))
+        Case(id=i, **settings, **_features(settings, i, mask, score, kv))
         for i, settings in enumerate(_settings())
     )
 
 
 def _features(
-    settings: dict[str, Any], i: int, score: Score, kv: KvLayout
+    settings: dict[str, Any], i: int, mask: Mask, score: Score, kv: KvLayout
 ) -> dict[str, Any]:
     """What the kernel's features make of case ``i``; takes from ``settings`` what they exclude."""
     more: dict[str, Any] = {}
@@ -149,6 +152,10 @@ def _features(
         more["softcap"] = (30.0, 5.0, 50.0)[i % 3]
     if score is Score.ALIBI:
         more["slopes"] = ("heads", "batch")[i % 2]
+    if mask is Mask.PACKED:
+        more["mask"] = (0.5, 0.01, 0.95)[i % 3]
+        large = settings["lens_q"][0] * settings["lens_k"][0] > 1 << 20
+        more["mask_of"] = "all" if large else ("all", "heads", "batch", "both")[i % 4]
     if kv is KvLayout.PAGED:
         more["page_size"] = PAGE_SIZES[i % len(PAGE_SIZES)]
         if settings.get("layout") == "packed":  # a pool of pages is no slice of a projection
@@ -307,13 +314,21 @@ def _feature_tensors(case: Case, random: torch.Generator, device: str) -> dict[s
     if case.softcap:
         found["softcap"] = case.softcap
     if case.slopes:
-        shape = (case.heads,) if case.slopes == "heads" else (len(case.lens_q), case.heads)
-        found["alibi_slopes"] = uniform(*shape)
+        own = () if case.slopes == "heads" else (len(case.lens_q),)
+        found["alibi_slopes"] = uniform(*own, case.heads)
     if case.sinks:
         normal = torch.randn(case.heads, generator=random, device=device)
         found["sinks"] = normal * case.sinks
     if case.chunk:
         found["attention_chunk"] = case.chunk
+    if case.mask:
+        heads = case.heads if case.mask_of in ("heads", "both") else 1
+        if case.varlen:
+            chance = uniform(heads, sum(case.lens_q) + 7, max(case.lens_k))
+        else:
+            batch = len(case.lens_q) if case.mask_of in ("batch", "both") else 1
+            chance = uniform(batch, heads, case.lens_q[0], case.lens_k[0])
+        found["mask"] = chance < case.mask
     return found
 
 

@@ -33,7 +33,7 @@ class Mutant:
     spec: str = "fmha_fwd_sm90_bf16_d64"
 
 
-LOOP_TOP = r"(n_block >= range\.begin; --n_block\) \{\s*)"
+LOOP_TOP = r"(while \(n_block >= range\.begin\) \{\s*)"
 WAIT = r"(cp_async_wait<Traits::kStages - 2>\(\);\s*)"
 
 MUTANTS = {

@@ -288,7 +288,7 @@ def test_a_case_is_replayed_by_its_name() -> None:
 
 def test_kernels_without_cases_are_refused() -> None:
     with pytest.raises(InputError, match="no verification cases"):
-        cases(KernelSpec.parse("fmha_fwd_sm90_bf16_d64_packed"))
+        cases(KernelSpec.parse("fmha_fwd_sm90_e4m3_d64"))
 
 
 def test_cases_too_large_for_the_emulator_are_skipped_and_said() -> None:

@@ -115,7 +115,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     const int warp = thread / 32;
 
     // What this CTA works on.
-    const TileCoord tile = schedule(p);
+    const TileCoord tile = schedule(p, static_cast<int>(block_idx()));
     const SeqlenInfo seq(p, tile.batch);
     const int row_begin = tile.m_block * Traits::kBlockM;
     if (row_begin >= seq.q_len) {
@@ -124,6 +124,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     const int row_end = row_begin + Traits::kBlockM < seq.q_len ? row_begin + Traits::kBlockM : seq.q_len;
     const Band band(p, seq);
     const KvRange range(band, row_begin, row_end, Traits::kBlockN);
+    [[maybe_unused]] const auto mask = packed_mask<Traits::kPacked>(p, seq, tile.batch, tile.head);
     const ScoreMod<Traits::kScore> score(p, tile.batch, tile.head, band.diagonal);
     const int kv_head = tile.head / p.heads_per_kv;
     const int warp_row = row_begin + warp * Traits::kWarpRows;
@@ -151,15 +152,27 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
         softmax.add_sink(ld_global_f32(p.sinks + tile.head), p.scale_log2, lane);
     }
 
-    if (range.begin < range.end) {
+    // The tile to the left of this one that has work.
+    const auto next = [&](int n_block) {
+        --n_block;
+        if constexpr (Traits::kPacked) {
+            while (n_block >= range.begin &&
+                   !mask.template visible<Traits::kBlockM, Traits::kBlockN>(row_begin, n_block)) {
+                --n_block;
+            }
+        }
+        return n_block;
+    };
+    int n_block = next(range.end);
+    if (n_block >= range.begin) {
         const TileCopy<Traits::kBlockM, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> q_copy(
             q, p.q_stride.row, thread);
         const KvSource<Traits> kv(p, seq, tile.batch, kv_head, thread);
 
         // One group per tile, committed even when there is no tile left: the wait counts groups.
-        const auto load_kv = [&](int n_block, int stage) {
-            if (n_block >= range.begin) {
-                kv.load(ring + stage * kStageBytes, n_block, seq.k_len);
+        const auto load_kv = [&](int block, int stage) {
+            if (block >= range.begin) {
+                kv.load(ring + stage * kStageBytes, block, seq.k_len);
             }
             cp_async_commit();
         };
@@ -174,7 +187,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
         }
         FMHA_UNROLL
         for (int stage = 0; stage < Traits::kStages - 1; ++stage) {
-            load_kv(range.end - 1 - stage, stage);
+            load_kv(n_block - stage, stage);
         }
 
         uint32_t q_frag[Traits::kQInRegs ? Traits::kKSteps : 1][Traits::kMTiles][4];
@@ -186,7 +199,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
             });
         }
 
-        const auto step = [&](int n_block, uint32_t stage_offset, auto masked) {
+        const auto step = [&](uint32_t stage_offset, auto masked) {
             constexpr bool kMasked = decltype(masked)::value;
             float s[Traits::kMTiles][Traits::kNTiles][4];
             FMHA_UNROLL
@@ -205,11 +218,14 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
                 qk_step<Traits, kStep>(s, a, address.k + stage_offset);
             });
             score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
+            if constexpr (Traits::kPacked) {
+                mask.apply(s, warp_row, n_block * Traits::kBlockN, lane);
+            }
             if constexpr (kMasked) {
                 apply_band(s, band, warp_row, n_block * Traits::kBlockN, lane);
             }
             float shrink[Traits::kMTiles][2];
-            softmax.template step<kMasked>(s, shrink, p.scale_log2);
+            softmax.template step<kMasked || Traits::kPacked>(s, shrink, p.scale_log2);
             softmax.rescale(o, shrink);
             static_for<0, Traits::kBlockN / 16>(
                 [&](auto ks) { pv_step<Traits, decltype(ks)::value>(o, s, address.v + stage_offset); });
@@ -217,17 +233,19 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
 
         int stage = 0;
         FMHA_UNROLL_1
-        for (int n_block = range.end - 1; n_block >= range.begin; --n_block) {
+        while (n_block >= range.begin) {
             cp_async_wait<Traits::kStages - 2>();
             sync_cta();
             const int free_stage = stage == 0 ? Traits::kStages - 1 : stage - 1;
-            load_kv(n_block - (Traits::kStages - 1), free_stage);
+            const int after = next(n_block);
+            load_kv(Traits::kPacked ? after : n_block - (Traits::kStages - 1), free_stage);
             if (range.needs_mask(n_block)) {
-                step(n_block, stage * kStageBytes, Bool<true>{});
+                step(stage * kStageBytes, Bool<true>{});
             } else {
-                step(n_block, stage * kStageBytes, Bool<false>{});
+                step(stage * kStageBytes, Bool<false>{});
             }
             stage = stage == Traits::kStages - 1 ? 0 : stage + 1;
+            n_block = after;
         }
         cp_async_wait<0>();
     }

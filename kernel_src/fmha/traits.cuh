@@ -51,6 +51,7 @@ struct FwdTraits {
     static_assert(kBlockM % (16 * kWarps) == 0, "each warp owns whole m16 tiles of query rows");
     static_assert(kBlockN % 16 == 0, "P is fed to the second product in k16 steps");
     static_assert(kStages >= 2, "one stage is read while the next one lands");
+    static_assert(!kPacked || kStages == 2, "tiles that a mask skips are looked up one step ahead");
     static_assert(kVChunks <= kQkChunks, "O is staged in Q's rows, so V must not be wider than Q");
 };
 

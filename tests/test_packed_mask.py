@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed masks: the layout, packing and unpacking, and kernels that obey every bit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fmha_runtime as fmha
+from fmha_runtime import packed_mask, reference
+
+
+def random_mask(*shape, seed=0, share=0.5):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16):
+    g = torch.Generator().manual_seed(3)
+    shapes = ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv or d))
+    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
+
+
+def agree(q, k, v, mask, device="emulator", **options):
+    out, lse = fmha.attention(q, k, v, mask=mask, return_lse=True, device=device, **options)
+    bits = fmha.unpack_mask(mask) if isinstance(mask, fmha.PackedMask) else mask
+    ref, ref_lse = reference.attention(q, k, v, mask=bits, **options)
+    assert (out.double() - ref).norm() <= 3e-3 * ref.norm()
+    assert torch.equal(lse.isinf(), ref_lse.isinf())
+    assert (lse.double() - ref_lse).nan_to_num(0).abs().max() < 1e-3
+    assert (out.transpose(1, 2)[ref_lse.isinf()] == 0).all()
+    return out
+
+
+# --- the layout
+
+
+def test_every_bit_has_its_documented_place():
+    mask = random_mask(1, 1, 130, 200)
+    packed = fmha.pack_mask(mask)
+    assert packed.words.shape == (1, 1, 3, 4, 128) and packed.any.shape == (1, 1, 3, 1)
+    words = packed.words.numpy().view(np.uint32)
+    for row in range(192):
+        for col in range(256):
+            w, half, g = row % 64 // 16, row % 16 // 8, row % 8
+            n, t, k = col % 64 // 8, col % 8 // 2, col % 2
+            word = words[0, 0, row // 64, col // 64, 32 * w + 4 * g + t]
+            want = row < 130 and col < 200 and bool(mask[0, 0, row, col])
+            assert bool(word >> (4 * n + 2 * half + k) & 1) == want, (row, col)
+
+
+def test_blocks_without_a_bit_are_known():
+    mask = torch.zeros(1, 1, 150, 64 * 40, dtype=torch.bool)
+    mask[0, 0, 70, 64 * 33 + 5] = mask[0, 0, 0, 0] = mask[0, 0, 149, 64 * 31] = True
+    seen = fmha.pack_mask(mask).any.numpy().view(np.uint32)
+    assert seen.tolist() == [[[[1, 0], [0, 2], [1 << 31, 0]]]]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16]
+)
+def test_any_dtype_packs_alike(dtype):
+    mask = random_mask(2, 3, 5, 70)
+    packed, want = fmha.pack_mask(mask.to(dtype)), fmha.pack_mask(mask)
+    assert torch.equal(packed.words, want.words) and torch.equal(packed.any, want.any)
+    assert torch.equal(fmha.pack_mask(mask.numpy()).words, want.words)
+
+
+@given(
+    batch=st.integers(1, 3), heads=st.integers(1, 3), rows=st.integers(0, 150), cols=st.integers(0, 200),
+    seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_unpack_is_the_inverse(batch, heads, rows, cols, seed, share):
+    mask = random_mask(batch, heads, rows, cols, seed=seed, share=share)
+    assert torch.equal(fmha.unpack_mask(fmha.pack_mask(mask)), mask)
+
+
+@given(lens=st.lists(st.integers(0, 150), min_size=1, max_size=6), heads=st.integers(1, 2), more=st.integers(0, 70))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_unpack_is_the_inverse_for_varlen(lens, heads, more):
+    cu = torch.tensor([0, *lens]).cumsum(0).int()
+    mask = random_mask(heads, sum(lens) + more, 90)
+    packed = fmha.pack_mask(mask, cu_seqlens_q=cu)
+    assert packed.words.shape[2] == packed_mask.varlen_row_blocks(sum(lens) + more, len(lens))
+    assert torch.equal(fmha.unpack_mask(packed, cu_seqlens_q=cu), mask)
+
+
+def test_sequences_of_a_varlen_mask_share_no_block():
+    lens = [1, 63, 64, 0, 65, 129, 1]
+    cu = torch.tensor([0, *lens]).cumsum(0).int()
+    places = packed_mask._row_places(sum(lens), cu)
+    blocks = [set((places[a:b] // 64).tolist()) for a, b in zip(cu[:-1], cu[1:], strict=True)]
+    assert sum(len(x) for x in blocks) == len(set().union(*blocks))
+    assert all((places[a] % 64 == 0) for a, b in zip(cu[:-1], cu[1:], strict=True) if b > a)
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("sq,sk", [(70, 131), (131, 70), (1, 300)])
+def test_masks_of_batch_and_heads(shape, sq, sk):
+    q, k, v = qkv(2, sq, sk, 4, 2, 64)
+    agree(q, k, v, random_mask(*shape, sq, sk))
+
+
+@pytest.mark.parametrize(
+    "d,dv", [(32, 32), (40, 40), (104, 104), (128, 128), (192, 128), (160, 160), (256, 256)]
+)
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm89"])
+def test_every_cut_reads_the_right_bits(d, dv, arch):
+    q, k, v = qkv(1, 150, 203, 2, 1, d, dv)
+    agree(q, k, v, random_mask(1, 2, 150, 203), f"emulator:{arch}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (40, 10)},
+        {"seqused_k": torch.tensor([100, 0], dtype=torch.int32)},
+        {"sinks": torch.randn(4)},
+        {"attention_chunk": 48},
+        {"scale": 0.3},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_options_apply_on_top(options):
+    q, k, v = qkv(2, 90, 203, 4, 2, 64)
+    mask = random_mask(1, 1, 90, 203)
+    assert not torch.equal(agree(q, k, v, mask, **options), agree(q, k, v, mask))
+
+
+def test_a_full_mask_is_no_mask_and_a_causal_one_is_causal():
+    q, k, v = qkv(1, 130, 130, 2, 1, 64)
+    full = torch.ones(130, 130, dtype=torch.bool)
+    for mask, causal in ((full, False), (full.tril(), True)):
+        want = fmha.attention(q, k, v, causal=causal, device="emulator")
+        assert torch.equal(agree(q, k, v, mask), want)
+
+
+def test_an_empty_mask_hides_everything():
+    q, k, v = qkv(1, 70, 130, 2, 1, 64)
+    agree(q, k, v, torch.zeros(70, 130, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("d", [64, 40])
+def test_tiles_without_a_bit_are_not_visited(d):
+    """Their keys and values are NaN: one tile that is read would show."""
+    q, k, v = qkv(1, 100, 960, 2, 1, d)
+    mask = torch.zeros(100, 960, dtype=torch.bool)
+    mask[:, 384:576] = random_mask(100, 192)
+    mask[:, 768:800] = True
+    want = agree(q, k, v, mask)
+    for x in (k, v):
+        x[:, :384] = x[:, 576:768] = x[:, 864:] = math.nan
+    assert torch.equal(fmha.attention(q, k, v, mask=mask, device="emulator"), want)
+
+
+def test_a_packed_mask_is_the_mask():
+    q, k, v = qkv(1, 70, 131, 4, 2, 64)
+    mask = random_mask(1, 4, 70, 131)
+    assert torch.equal(agree(q, k, v, fmha.pack_mask(mask)), agree(q, k, v, mask))
+    plan = fmha.plan(q, k, v, mask=mask, device="emulator")
+    assert torch.equal(plan.run(q, k, v, mask=fmha.pack_mask(mask)), agree(q, k, v, mask))
+
+
+def test_keys_beyond_the_columns_are_not_seen():
+    q, k, v = qkv(1, 70, 200, 2, 1, 64)
+    narrow = random_mask(1, 1, 70, 50)
+    wide = torch.nn.functional.pad(narrow, (0, 150))
+    assert torch.equal(agree(q, k, v, narrow), agree(q, k, v, wide))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_varlen(heads):
+    lens_q, lens_k = [5, 0, 70, 3, 129], [9, 4, 140, 130, 64]
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lens_q, lens_k))
+    q, k, v = (x[0] for x in qkv(1, sum(lens_q), sum(lens_k), 4, 2, 64))
+    k, v = (torch.randn(sum(lens_k), 2, 64).to(q.dtype) for _ in "kv")
+    mask = random_mask(heads, sum(lens_q), 140)
+    options = {"mask": mask, "causal": True}
+    out, lse = fmha.attention_varlen(
+        q, k, v, cu_q, cu_k, 129, 140, return_lse=True, device="emulator", **options
+    )
+    ref, ref_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **options)
+    assert (out.double() - ref).norm() <= 3e-3 * ref.norm()
+    assert torch.equal(lse.isinf(), ref_lse.isinf())
+
+
+def test_a_tree_of_drafts_over_pages():
+    """Speculative decoding: everybody sees the prefix, each draft its ancestors."""
+    page, prefix, parents = 16, 100, [-1, 0, 0, 1, 1, 2]
+    drafts = len(parents)
+    tree = torch.eye(drafts, dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            tree[i] |= tree[parent]
+    mask = torch.cat([torch.ones(drafts, prefix, dtype=torch.bool), tree], 1)
+    q, k, v = qkv(2, drafts, 112, 4, 2, 64)
+    k[:, prefix + drafts :] = v[:, prefix + drafts :] = math.nan
+    pools = [torch.cat([x[1].unflatten(0, (7, page)), x[0].unflatten(0, (7, page))]) for x in (k, v)]
+    table = torch.tensor([[*range(7, 14)], [*range(7)]], dtype=torch.int32)
+    used = torch.full((2,), prefix + drafts, dtype=torch.int32)
+    out = fmha.attention_with_kvcache(
+        q, *pools, cache_seqlens=used, page_table=table, mask=mask, device="emulator"
+    )
+    ref, _ = reference.attention(q, k, v, seqused_k=used, mask=mask)
+    assert (out.double() - ref).norm() <= 3e-3 * ref.norm()
+    on_cpu = fmha.attention_with_kvcache(q, *pools, cache_seqlens=used, page_table=table, mask=mask)
+    assert (out.float() - on_cpu.float()).abs().max() < 2e-2
+
+
+@given(
+    sq=st.integers(1, 140), sk=st.integers(0, 300), seed=st.integers(0, 99), causal=st.booleans(),
+    share=st.sampled_from([0.0, 0.001, 0.05, 0.9]), d=st.sampled_from([40, 64]),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_mask(sq, sk, seed, causal, share, d):
+    q, k, v = qkv(1, sq, sk, 2, 1, d)
+    mask = random_mask(1, 2, sq, sk, seed=seed, share=share)
+    out, lse = fmha.attention(q, k, v, mask=mask, causal=causal, return_lse=True, device="emulator")
+    ref, ref_lse = reference.attention(q, k, v, mask=mask, causal=causal)
+    assert (out.double() - ref).abs().max() < 3e-2 if sq and sk else True
+    assert torch.equal(lse.isinf(), ref_lse.isinf())
+
+
+BAD = {
+    "rank": (torch.ones(2, 8, 8), r"\[Sq, Sk\] or \[B or 1, H or 1, Sq, Sk\]"),
+    "rows": (torch.ones(7, 8), "for 8 queries"),
+    "heads": (torch.ones(1, 3, 8, 8), "for batch 2 and 4 heads"),
+    "batch": (torch.ones(3, 1, 8, 8), "for batch 2 and 4 heads"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_masks(name):
+    q, k, v = qkv(2, 8, 8, 4, 2, 64)
+    mask, message = BAD[name]
+    with pytest.raises(fmha.InputError, match=message):
+        fmha.attention(q, k, v, mask=mask, device="emulator")
+
+
+def test_dense_and_varlen_masks_are_not_confused():
+    q, k, v = qkv(1, 8, 8, 4, 2, 64)
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises(fmha.InputError, match="for dense queries"):
+        fmha.attention(q, k, v, mask=fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu), device="emulator")
+    with pytest.raises(fmha.InputError, match="for varlen queries"):
+        fmha.attention_varlen(
+            q[0], k[0], v[0], cu, cu, 8, 8, mask=fmha.pack_mask(torch.ones(8, 8)), device="emulator"
+        )
+    with pytest.raises(fmha.InputError, match="needs cu_seqlens_q"):
+        fmha.unpack_mask(fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu))
+    with pytest.raises(fmha.InputError, match=r"varlen needs \[Tq, columns\]"):
+        fmha.pack_mask(torch.ones(1, 1, 8, 8), cu_seqlens_q=cu)
+
+
+def test_masks_with_alibi_or_softcap_are_refused_by_name():
+    q, k, v = qkv(1, 8, 8, 4, 2, 64)
+    for options in ({"softcap": 3.0}, {"alibi_slopes": torch.rand(4)}):
+        with pytest.raises(fmha.UnsupportedProblem, match="packed mask"):
+            fmha.attention(q, k, v, mask=torch.ones(8, 8), device="emulator", **options)
