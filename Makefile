@@ -39,16 +39,15 @@ kernels: $(VENV)/ready
 	$(BIN)/fmha build --into cubins
 
 gpu-test: $(VENV)/ready
-	$(BIN)/fmha build --arch sm90 --arch sm80
+	$(BIN)/fmha build --arch sm90 --arch sm90a
 	$(BIN)/python -m pytest -m gpu tests
 
 gpu-verify: $(VENV)/ready
-	$(BIN)/fmha build --arch sm90
-	$(BIN)/fmha verify --arch sm90 --device cuda --record
-	$(BIN)/fmha verify --arch sm80 --device cuda --via ptx --record
+	$(BIN)/fmha build --arch sm90 --arch sm90a
+	$(BIN)/python tools/verify_all.py sm90=cubin sm90a=cubin sm80=ptx sm86=ptx sm89=ptx
 
 bench: $(VENV)/ready
-	$(BIN)/fmha build --arch sm90
+	$(BIN)/fmha build --arch sm90 --arch sm90a
 	$(BIN)/fmha bench
 
 $(VENV)/bin/python:

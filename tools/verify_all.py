@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verifies whole archs with several processes and writes the ledger once, at the end.
+
+``fmha verify --record`` is the same for a few kernels; this is for all of them on a lent GPU. Each arch goes its way:
+``sm90=cubin`` loads the built cubins, ``sm80=ptx`` lets the driver's JIT finish the PTX, ``sm120=emulator`` needs no GPU.
+Exit code 1 when a kernel failed; what passed is recorded all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import click
+
+from fmha_runtime import catalog, ledger, verify
+from fmha_runtime.errors import FmhaError
+from fmha_runtime.spec import Arch, KernelSpec
+
+WAYS = ("cubin", "ptx", "emulator")
+
+
+def one(spec: KernelSpec, way: str) -> tuple[str, ledger.Record | None]:
+    """Runs in a worker: the kernel's report as text, and its record if it passed."""
+    import torch
+
+    torch.set_num_threads(1)
+    device = "emulator" if way == "emulator" else "cuda:0"
+    try:
+        report = verify.verify_kernel(
+            spec, device=device, via="cubin" if way == "emulator" else way
+        )
+    except FmhaError as error:
+        return f"FAIL  {spec.name}  {error}", None
+    text = "\n".join(report.lines())
+    return text, verify.to_record(report) if report.ok else None
+
+
+def parse(words: Iterable[str]) -> list[tuple[KernelSpec, str]]:
+    """The (kernel, way) pairs of arguments such as ``sm80=ptx``."""
+    found = []
+    for word in words:
+        arch, _, way = word.partition("=")
+        if way not in WAYS or arch not in {a.value for a in Arch}:
+            raise click.UsageError(f"{word!r} is not ARCH=WAY with a way of {', '.join(WAYS)}")
+        found += [(spec, way) for spec in catalog.enumerate_specs(Arch(arch))]
+    return found
+
+
+@click.command(help=__doc__)
+@click.argument("archs", nargs=-1, required=True, metavar="ARCH=WAY...")
+@click.option("--jobs", default=os.cpu_count() or 1, show_default=True)
+@click.option("--seconds", default=0.0, help="Start nothing new after this long; 0 = no limit.")
+def main(archs: tuple[str, ...], jobs: int, seconds: float) -> None:
+    wanted, start = parse(archs), time.monotonic()
+    records: list[ledger.Record] = []
+    failed = 0
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(one, *pair): pair for pair in wanted}
+        for done in as_completed(waiting):
+            if done.cancelled():
+                continue
+            text, record = done.result()
+            if record is None:
+                failed += 1
+                click.echo(text)
+            else:
+                records.append(record)
+            if seconds and time.monotonic() - start > seconds:
+                for other in waiting:
+                    other.cancel()
+    ledger.record(records)
+    missing = len(wanted) - len(records) - failed
+    took = time.monotonic() - start
+    click.echo(
+        f"{len(records)} of {len(wanted)} verified, {failed} failed, {missing} not run, {took:.0f} s"
+    )
+    raise SystemExit(1 if failed or missing else 0)
+
+
+if __name__ == "__main__":
+    main()
