@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator notices when the Hopper kernel loses a fence, a wait, an arrival or a byte.
+
+Mutants as in test_emulator_mutants.py, of the warp-specialised kernel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_emulator_mutants import Mutant, mutate
+
+from fmha_runtime import catalog, emulator, launch, sources
+from fmha_runtime.emulator import Order
+from fmha_runtime.errors import EmulatorFault
+from fmha_runtime.spec import KernelSpec
+
+SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
+IN_FLIGHT = "wgmma: reads shared memory offset .* while a tma_load_4d to it"
+
+
+def mutant(pattern: str, replacement: str, fault: str, file: str = "fwd_sm90.cuh") -> Mutant:
+    return Mutant(file, pattern, replacement, fault, SPEC.name)
+
+
+WAIT_V = r"mbarrier_wait\(smem\.v_full\(previous\.stage\), previous\.parity\);"
+FENCE_STEP = r"wgmma_fence\(\);(\s*issue_qk\(ring\.stage\);\s*mbarrier_wait)"
+WAIT_PV = r"wgmma_wait<0>\(\);  // only now[^\n]*\n"
+PRODUCER_Q = r"mbarrier_wait\(smem\.q_empty\(\), q_parity\);"
+
+MUTANTS = {
+    "barriers not shown to the copy engine": mutant(
+        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init"
+    ),
+    "barriers used before they are initialised": mutant(
+        r"(smem\.init_barriers\(\);\s*\}\s*)sync_cta\(\);",
+        r"\1",
+        "was initialised by thread 0 with nothing in between|there is no mbarrier",
+    ),
+    "V is not waited for": mutant(WAIT_V, "", IN_FLIGHT),
+    "K is not waited for": mutant(
+        r"mbarrier_wait\(smem\.k_full\(ring\.stage\), ring\.parity\);(?=\s*wait_for_turn\(\);"
+        r"\s*pin\(s_flat\);\s*wgmma_fence\(\);\s*issue_qk\(ring\.stage\);\s*mbarrier_wait)",
+        "",
+        IN_FLIGHT,
+    ),
+    "Q is not waited for": mutant(
+        r"mbarrier_wait\(smem\.q_full\(\), q_parity\);", "", f"{IN_FLIGHT}|more arrivals than"
+    ),
+    "K is refilled while it is read": mutant(
+        r"mbarrier_wait\(smem\.k_empty\(ring\.stage\), ring\.parity \^ 1\);",
+        "",
+        "more arrivals than|tma_load_4d: (race|writes)",
+    ),
+    "V is refilled while it is read": mutant(
+        r"mbarrier_wait\(smem\.v_empty\(ring\.stage\), ring\.parity \^ 1\);",
+        "",
+        "more arrivals than|tma_load_4d: (race|writes)|" + IN_FLIGHT,
+    ),
+    "V is released before it was read": mutant(
+        WAIT_PV + r"\s*pin\(o_flat\);\s*release\(smem\.v_empty\(previous\.stage\)\);",
+        "release(smem.v_empty(previous.stage)); wgmma_wait<0>();",
+        "tma_load_4d: (race at .* a wgmma of warp|writes .* while a wgmma)",
+    ),
+    "one warp speaks for its warpgroup": mutant(
+        r"if \(lane == 0\) \{(\s*mbarrier_arrive\(bar\);)",
+        r"if (warp == 0 && lane < 4) {\1",
+        "race at .* a wgmma of warp|while a wgmma of warp",
+    ),
+    "an arrival too many expected": mutant(
+        r"mbarrier_init\(v_empty\(stage\), kConsumerWarps\)",
+        "mbarrier_init(v_empty(stage), kConsumerWarps + 1)",
+        "deadlock.* of 13 arrivals",
+    ),
+    "wrong number of bytes": mutant(
+        r"groups \* group_bytes\);", "groups * group_bytes + 16);", "deadlock.* bytes announced"
+    ),
+    "parity of the ring never flips": mutant(
+        r"parity \^= 1;(?=\s*\}\s*\}\s*\};)", "", "more arrivals than|deadlock|tma_load_4d|wgmma"
+    ),
+    "zeroed rows of V not shown to the tensor cores": mutant(
+        r"fence_async_shared\(\);", "", "no fence_async_shared made it visible"
+    ),
+    "V released by lane 0 while other lanes zero it": mutant(
+        r"(fence_async_shared\(\);\s*)sync_warp\(\);", r"\1", "wgmma: race at .* wrote with no"
+    ),
+    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ at, [^;]*;", "", ""),
+    "products without a fence": mutant(
+        FENCE_STEP, r"\1", "was written by ordinary code after the latest wgmma_fence"
+    ),
+    "O is rescaled while it is accumulated": mutant(
+        WAIT_PV,
+        "softmax.rescale(o, shrink); wgmma_wait<0>();\n",
+        "accumulator register 0 was written while a wgmma on it was in flight",
+    ),
+    "P is rewritten while it is read": mutant(
+        WAIT_PV, "pack_probs(); wgmma_wait<0>();\n", "a register of operand A was rewritten"
+    ),
+    "a product is never committed": mutant(
+        r"(1\);\s*\}\s*)wgmma_commit\(\);", r"\1", "in flight|a wgmma of warp"
+    ),
+    "registers for everybody": mutant(
+        r"registers_inc<Traits::kConsumerRegs>\(\);",
+        "registers_inc<256>();",
+        "the warps ask for .* registers in all",
+    ),
+    "nobody begins": mutant(
+        r"if \(consumer == Traits::kConsumers - 1\) \{\s*pass_turn\(\);\s*\}",
+        "",
+        "deadlock.*at barrier 1 with 128 of 256 threads",
+    ),
+    "columns of Q meet other columns of K": mutant(
+        r"group \* Traits::kKvGroupBytes \+ column",
+        "group * Traits::kKvGroupBytes + (column ^ 32)",
+        "",
+    ),
+}
+
+
+def outputs(kernel: emulator.Kernel) -> torch.Tensor:
+    """Two query tiles of two heads, three key tiles, the last one ragged and followed by NaN."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, rows, 2, SPEC.head_dim, generator=generator).to(torch.bfloat16)
+        for rows in (200, 390, 390)
+    )
+    k[:, 300:] = v[:, 300:] = float("nan")
+    used = torch.tensor([300], dtype=torch.int32)
+    out = launch.run(kernel, SPEC, q, k, v, seqused_k=used)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    changed = MUTANTS[name]
+    mutate(changed, tmp_path / "fmha")
+    text = sources.render(SPEC, catalog.tile(SPEC))
+    kernel = emulator.load_source(text, SPEC.name, [tmp_path / "fmha"])
+    for kernel.order in Order:
+        if changed.fault:
+            with pytest.raises(EmulatorFault, match=changed.fault) as caught:
+                outputs(kernel)
+            assert SPEC.name in str(caught.value)
+        else:
+            good, bad = outputs(emulator.load(SPEC)), outputs(kernel)
+            assert not torch.allclose(good.float(), bad.float(), atol=0.1)
+
+
+def test_the_real_kernel_is_clean_and_the_same_in_every_order() -> None:
+    kernel = emulator.load(SPEC)
+    results = []
+    for kernel.order in Order:
+        results.append(outputs(kernel))
+    assert not results[0].isnan().any()
+    assert all(torch.equal(each, results[0]) for each in results)
