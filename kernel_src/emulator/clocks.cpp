@@ -16,6 +16,7 @@ static void join(int32_t* into, const int32_t* from, size_t count) {
 
 void reset_clocks(Cta& cta) {
     const size_t row = 2 * cta.components;
+    cta.synced = 0;
     std::fill(cta.clocks.begin(), cta.clocks.end(), 0);
     int32_t* next = cta.clocks.data();
     for (Thread& thread : cta.threads) {
@@ -51,7 +52,7 @@ void fence_async_shared() {
     thread->warp->stale = true;
 }
 
-void join_threads(Cta* cta, uint32_t first, uint32_t count) {
+int32_t join_threads(Cta* cta, uint32_t first, uint32_t count) {
     Thread* threads = &cta->threads[first];
     const size_t row = 2 * cta->components;
     int32_t* all = cta->clocks.data() + (cta->threads.size() + cta->warps.size()) * row;
@@ -71,6 +72,7 @@ void join_threads(Cta* cta, uint32_t first, uint32_t count) {
         warp.clock = latest + 1;
         warp.stale = false;
     }
+    return latest;
 }
 
 // What all lanes know is the minimum over them. Their own clocks become equal, so that one number

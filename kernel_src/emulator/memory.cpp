@@ -72,6 +72,7 @@ static void check_in_flight(Thread* thread, Op op, uint32_t offset, const char* 
 // Whether a read of the warp `w` is ordered before the thread.
 static bool read_is_ordered(const Thread* thread, uint32_t w, const Reads& reads,
                             uint32_t* reader) {
+    if (reads.clock <= thread->cta->synced) return true;
     const int32_t* knows = thread->knows + w * 32;
     const uint32_t own = thread->index / 32 == w ? 1u << thread->lane : 0;
     int32_t earliest = knows[0];  // over all lanes first: one vector loop
@@ -85,6 +86,18 @@ static bool read_is_ordered(const Thread* thread, uint32_t w, const Reads& reads
         }
     }
     return true;
+}
+
+// Whether all of a granule was last written by threads before the latest sync_cta, after which
+// everybody knows of it: by far the most frequent case.
+static bool written_before_sync(const Cta* cta, const Granule& granule) {
+    const int32_t synced = cta->synced;
+    const int32_t* clock = granule.write_clock;
+    const uint16_t* writer = granule.writer;
+    const uint32_t threads = static_cast<uint32_t>(cta->threads.size());
+    return (clock[0] <= synced) & (clock[1] <= synced) & (clock[2] <= synced) &
+           (clock[3] <= synced) & (writer[0] <= threads) & (writer[1] <= threads) &
+           (writer[2] <= threads) & (writer[3] <= threads);
 }
 
 static void check_reads_before_write(Thread* thread, Op op, uint32_t offset) {
@@ -120,7 +133,8 @@ void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words, bool asy
     if (granule.barrier & words)
         fault(thread, op, "writes shared memory offset 0x%x, where an mbarrier lives", offset);
     check_reads_before_write(thread, op, offset);
-    for (int i = 0; i < 4; ++i) {
+    const bool settled = !async && written_before_sync(thread->cta, granule);
+    for (int i = 0; i < 4 && !settled; ++i) {
         if (!(words >> i & 1) || granule.writer[i] == 0) continue;
         const uint32_t writer = granule.writer[i] - 1u;
         if (writer != thread->index && thread->knows[writer] < granule.write_clock[i])
@@ -175,7 +189,8 @@ static void note_read(Thread* thread, Op op, uint32_t offset) {
         fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
     if (granule.written != 0xf)
         fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
-    for (int i = 0; i < 4; ++i) {
+    const bool settled = written_before_sync(thread->cta, granule);
+    for (int i = 0; i < 4 && !settled; ++i) {
         const uint32_t writer = granule.writer[i] - 1u;
         if (writer != thread->index && thread->knows[writer] < granule.write_clock[i])
             fault_unordered_write(thread, op, offset, writer);
@@ -193,7 +208,8 @@ static void note_warp_read(Thread* thread, Op op, uint32_t offset, bool async) {
         fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
     if (granule.written != 0xf)
         fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
-    for (int i = 0; i < 4; ++i) {
+    const bool settled = !async && written_before_sync(cta, granule);
+    for (int i = 0; i < 4 && !settled; ++i) {
         const uint32_t writer = granule.writer[i] - 1u;
         if (warp->knows[writer] < granule.write_clock[i])
             fault_unordered_write(thread, op, offset, writer);

@@ -190,7 +190,7 @@ void sync_cta() {
     thread->warp->runnable &= ~(1u << thread->position);
     if (++cta->at_barrier < cta->threads.size()) return block(thread);
     cta->at_barrier = 0;
-    join_threads(cta, 0, static_cast<uint32_t>(cta->threads.size()));
+    cta->synced = join_threads(cta, 0, static_cast<uint32_t>(cta->threads.size()));
     for (Warp& warp : cta->warps) warp.runnable = ~0u;
 }
 

@@ -214,6 +214,7 @@ struct Cta {
     uint32_t index;
     uint32_t at_barrier;  // threads that wait at sync_cta
     uint32_t exited;
+    int32_t synced;  // clocks of threads up to this are known to all since the latest sync_cta
     uint64_t collectives;
     bool faulted;
     char error[4096];
@@ -275,8 +276,9 @@ void reset_clocks(Cta& cta);
 // Joins the clocks of a thread into those of a barrier; what the thread does next is later.
 void release(Thread* thread, std::vector<int32_t>& clocks);
 void acquire(Thread* thread, const std::vector<int32_t>& clocks);
-// A barrier of the threads [first, first + count): all of them know what any of them knew.
-void join_threads(Cta* cta, uint32_t first, uint32_t count);
+// A barrier of the threads [first, first + count): all of them know what any of them knew. Returns
+// their latest clock.
+int32_t join_threads(Cta* cta, uint32_t first, uint32_t count);
 void refresh_warp(Warp* warp);
 
 // --- memory.cpp
