@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -94,9 +95,9 @@ def test_sequences_of_a_varlen_mask_share_no_block():
     lens = [1, 63, 64, 0, 65, 129, 1]
     cu = torch.tensor([0, *lens]).cumsum(0).int()
     places = packed_mask._row_places(sum(lens), cu)
-    blocks = [set((places[a:b] // 64).tolist()) for a, b in zip(cu[:-1], cu[1:], strict=True)]
+    blocks = [set((places[a:b] // 64).tolist()) for a, b in pairwise(cu.tolist())]
     assert sum(len(x) for x in blocks) == len(set().union(*blocks))
-    assert all((places[a] % 64 == 0) for a, b in zip(cu[:-1], cu[1:], strict=True) if b > a)
+    assert all((places[a] % 64 == 0) for a, b in pairwise(cu.tolist()) if b > a)
 
 
 # --- kernels
