@@ -62,7 +62,9 @@ class PackedMask:
 
     def __str__(self) -> str:
         kind = "dense" if self.sequences is None else f"varlen of {self.sequences}"
-        return f"{kind} mask [{self.batch}, {self.heads}, {self.rows}, {self.cols}] on {self.device}"
+        return (
+            f"{kind} mask [{self.batch}, {self.heads}, {self.rows}, {self.cols}] on {self.device}"
+        )
 
 
 def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedMask:
@@ -93,7 +95,9 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
     if bits.ndim == 2:
         bits = bits[None]
     if bits.ndim != 3:
-        raise InputError(f"mask has shape {tuple(bits.shape)}; varlen needs [Tq, columns] or [H or 1, Tq, columns]")
+        raise InputError(
+            f"mask has shape {tuple(bits.shape)}; varlen needs [Tq, columns] or [H or 1, Tq, columns]"
+        )
     _, rows, cols = bits.shape
     sequences = cu_seqlens_q.shape[0] - 1
     places = _row_places(rows, cu_seqlens_q.to(bits.device))
@@ -154,7 +158,9 @@ def unpack_mask(mask: PackedMask, *, cu_seqlens_q: torch.Tensor | None = None) -
     import torch
 
     if (mask.sequences is None) != (cu_seqlens_q is None):
-        raise InputError(f"a {mask} needs {'no ' if mask.sequences is None else ''}cu_seqlens_q to be unpacked")
+        raise InputError(
+            f"a {mask} needs {'no ' if mask.sequences is None else ''}cu_seqlens_q to be unpacked"
+        )
     batch, heads, row_blocks, col_blocks, _ = mask.words.shape
     shifts = torch.arange(32, dtype=torch.int32, device=mask.device)
     bits = (mask.words[..., None] >> shifts & 1).bool()

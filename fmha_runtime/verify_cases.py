@@ -221,7 +221,6 @@ def _settings() -> Iterator[dict[str, Any]]:
         **{"heads": 32, "kv_heads": 8, "causal": True, "varlen": True, "quick": True},
     }
 
-
     # A key without a value in every row, small and overwhelming.
     for i, size in enumerate((1.0, 30.0)):
         for causal in (False, True):
@@ -232,7 +231,14 @@ def _settings() -> Iterator[dict[str, Any]]:
     }
     # Chunks smaller and larger than a tile, on and off its edges.
     for i, (chunk, sq, sk) in enumerate(
-        ((1, 33, 65), (37, 113, 203), (64, 128, 217), (100, 239, 300), (256, 300, 200), (8192, 70, 99))
+        (
+            (1, 33, 65),
+            (37, 113, 203),
+            (64, 128, 217),
+            (100, 239, 300),
+            (256, 300, 200),
+            (8192, 70, 99),
+        )
     ):
         for causal in (False, True):
             yield {

@@ -54,7 +54,9 @@ def test_alibi(dtype, options, sq, sk):
 def test_softcap(dtype, cap, scale):
     q, k, v = qkv(1, 70, 131, 4, 2, 64, dtype)
     out = agree(q, k, v, softcap=cap, scale=scale, causal=True)
-    assert not torch.equal(out, fmha.attention(q, k, v, scale=scale, causal=True, device="emulator"))
+    assert not torch.equal(
+        out, fmha.attention(q, k, v, scale=scale, causal=True, device="emulator")
+    )
 
 
 def test_softcap_of_enormous_scores_is_the_cap():
@@ -77,12 +79,12 @@ def test_sinks(size):
 def test_rows_without_keys_keep_their_sink():
     q, k, v = qkv(1, 9, 4, 2, 2, 64)
     sinks = torch.tensor([2.0, -3.0])
-    out, lse = fmha.attention(
-        q, k, v, sinks=sinks, causal=True, return_lse=True, device="emulator"
-    )
+    out, lse = fmha.attention(q, k, v, sinks=sinks, causal=True, return_lse=True, device="emulator")
     assert (out[:, :5] == 0).all()
     assert (lse[0, :, :5] - sinks[:, None]).abs().max() < 1e-5
-    out, lse = fmha.attention(q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True, device="emulator")
+    out, lse = fmha.attention(
+        q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True, device="emulator"
+    )
     assert (out == 0).all() and (lse[0] - sinks[:, None]).abs().max() < 1e-5
 
 
@@ -106,7 +108,15 @@ def test_tiles_outside_the_chunk_are_not_visited():
 def test_chunk_reciprocal_is_division():
     rng = random.Random(0)
     top = 1 << 29
-    chunks = [*range(1, 70), 8191, 8192, 8193, top - 1, top, *(rng.randrange(1, top) for _ in range(99))]
+    chunks = [
+        *range(1, 70),
+        8191,
+        8192,
+        8193,
+        top - 1,
+        top,
+        *(rng.randrange(1, top) for _ in range(99)),
+    ]
     for chunk in chunks:
         multiplier, shift = launch.chunk_reciprocal(chunk)
         assert 0 < multiplier < 1 << 31 and 0 <= shift < 32

@@ -42,7 +42,7 @@ def paged(lengths, page, heads, d, *, dv=None, layout="nhd", dtype=torch.bfloat1
     order = torch.randperm(sum(need) + 3, generator=g)
     k, v = pools(layout, sum(need) + 3, page, heads, d, dv or d, dtype)
     width = max([*need, 1]) + 1
-    table = torch.tensor(GARBAGE * width)[: width].repeat(len(lengths), 1).to(torch.int32)
+    table = torch.tensor(GARBAGE * width)[:width].repeat(len(lengths), 1).to(torch.int32)
     used = 0
     for b, n in enumerate(lengths):
         table[b, : need[b]] = order[used : used + need[b]].int()
@@ -58,7 +58,14 @@ def agree(q, k, v, lengths, table=None, **options):
     lens = {key: options[key] for key in ("cu_seqlens_q", "max_seqlen_q") if key in options}
     maths = {key: x for key, x in options.items() if key not in lens}
     out, lse = fmha.attention_with_kvcache(
-        q, k, v, cache_seqlens=lengths, page_table=table, return_lse=True, device="emulator", **options
+        q,
+        k,
+        v,
+        cache_seqlens=lengths,
+        page_table=table,
+        return_lse=True,
+        device="emulator",
+        **options,
     )
     extra = {"seqused_k": lengths, "page_table": table, **maths}
     if lens:
@@ -156,7 +163,9 @@ def test_cpu_tensors_take_the_reference():
     q = queries(2, 3, 4, 64)
     options = {"cache_seqlens": lengths, "page_table": table, "causal": True}
     ours = fmha.attention_with_kvcache(q, k, v, device="emulator", **options)
-    assert (ours.float() - fmha.attention_with_kvcache(q, k, v, **options).float()).abs().max() < 2e-2
+    assert (
+        ours.float() - fmha.attention_with_kvcache(q, k, v, **options).float()
+    ).abs().max() < 2e-2
 
 
 def test_plan_of_a_paged_call():
@@ -179,7 +188,14 @@ def test_any_cache(lengths, sq, page, layout, window, seed):
     k, v, table, used = paged(lengths, page, 2, 64, layout=layout, seed=seed)
     q = queries(len(lengths), sq, 4, 64)
     out, lse = fmha.attention_with_kvcache(
-        q, k, v, cache_seqlens=used, page_table=table, window=window, return_lse=True, device="emulator"
+        q,
+        k,
+        v,
+        cache_seqlens=used,
+        page_table=table,
+        window=window,
+        return_lse=True,
+        device="emulator",
     )
     ref, ref_lse = reference.attention(q, k, v, seqused_k=used, page_table=table, window=window)
     assert (out.double() - ref).abs().max() < 3e-2

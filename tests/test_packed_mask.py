@@ -81,7 +81,11 @@ def test_unpack_is_the_inverse(batch, heads, rows, cols, seed, share):
     assert torch.equal(fmha.unpack_mask(fmha.pack_mask(mask)), mask)
 
 
-@given(lens=st.lists(st.integers(0, 150), min_size=1, max_size=6), heads=st.integers(1, 2), more=st.integers(0, 70))
+@given(
+    lens=st.lists(st.integers(0, 150), min_size=1, max_size=6),
+    heads=st.integers(1, 2),
+    more=st.integers(0, 70),
+)
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_unpack_is_the_inverse_for_varlen(lens, heads, more):
     cu = torch.tensor([0, *lens]).cumsum(0).int()
@@ -205,7 +209,9 @@ def test_a_tree_of_drafts_over_pages():
     mask = torch.cat([torch.ones(drafts, prefix, dtype=torch.bool), tree], 1)
     q, k, v = qkv(2, drafts, 112, 4, 2, 64)
     k[:, prefix + drafts :] = v[:, prefix + drafts :] = math.nan
-    pools = [torch.cat([x[1].unflatten(0, (7, page)), x[0].unflatten(0, (7, page))]) for x in (k, v)]
+    pools = [
+        torch.cat([x[1].unflatten(0, (7, page)), x[0].unflatten(0, (7, page))]) for x in (k, v)
+    ]
     table = torch.tensor([[*range(7, 14)], [*range(7)]], dtype=torch.int32)
     used = torch.full((2,), prefix + drafts, dtype=torch.int32)
     out = fmha.attention_with_kvcache(
@@ -251,7 +257,9 @@ def test_dense_and_varlen_masks_are_not_confused():
     q, k, v = qkv(1, 8, 8, 4, 2, 64)
     cu = torch.tensor([0, 8], dtype=torch.int32)
     with pytest.raises(fmha.InputError, match="for dense queries"):
-        fmha.attention(q, k, v, mask=fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu), device="emulator")
+        fmha.attention(
+            q, k, v, mask=fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu), device="emulator"
+        )
     with pytest.raises(fmha.InputError, match="for varlen queries"):
         fmha.attention_varlen(
             q[0], k[0], v[0], cu, cu, 8, 8, mask=fmha.pack_mask(torch.ones(8, 8)), device="emulator"
