@@ -39,7 +39,34 @@ _HOME = {
     "UnsupportedProblem": "errors",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "ArtifactError",
+    "BuildError",
+    "DriverError",
+    "EmulatorFault",
+    "FmhaError",
+    "InputError",
+    "KernelNotBuilt",
+    "KernelSpec",
+    "PackedMask",
+    "Plan",
+    "Problem",
+    "ToolchainError",
+    "Trace",
+    "UnsupportedProblem",
+    "__version__",
+    "alibi_slopes",
+    "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
+    "explain",
+    "is_supported",
+    "merge_states",
+    "pack_mask",
+    "plan",
+    "prepare",
+    "unpack_mask",
+]
 
 if TYPE_CHECKING:
     from .alibi import alibi_slopes

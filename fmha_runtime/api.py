@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public calls: check, choose, launch. docs/semantics.md is the long form of the rules below.
 
-Tensors are ``[batch, seq, heads, head_dim]`` with any strides and a contiguous head dim, or ``[tokens, heads, head_dim]``
-with ``cu_seqlens`` for varlen. Query i sits at key position ``i + kv_len - q_len`` (bottom-right alignment); causal calls
-see no key to the right of it, and ``window=(left, right)`` bounds both sides inclusively, None = unlimited. Rows that see
-no key give out = 0 and lse = -inf. Log-sum-exp is fp32 in natural log, ``[batch, heads, seq]`` or ``[heads, tokens]``.
+Tensors are ``[batch, seq, heads, head_dim]`` with any strides and a contiguous head dim, or ``[tokens, heads,
+head_dim]`` with ``cu_seqlens`` for varlen. Query i sits at key position ``i + kv_len - q_len`` (bottom-right
+alignment); causal calls see no key to the right of it, and ``window=(left, right)`` bounds both sides inclusively,
+None = unlimited. Rows that see no key give out = 0 and lse = -inf. Log-sum-exp is fp32 in natural log, ``[batch,
+heads, seq]`` or ``[heads, tokens]``.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def attention(
         alibi_slopes: [H] or [B, H] fp32; adds -slope * abs(distance to the diagonal). Not with softcap.
         sinks: [H] fp32; the logit of one more key per head that has no value: it takes weight and is part of the LSE.
         mask: which keys each query sees, True = attend: bool [Sq, Sk] or [B or 1, H or 1, Sq, Sk], or what
-            ``pack_mask`` made of it. A bool mask is packed in every call; pack once what is used again. Causal, window and
-            lengths apply on top. Keys beyond the mask's columns are not seen.
+            ``pack_mask`` made of it. A bool mask is packed in every call; pack once what is used again. Causal, window
+            and             lengths apply on top. Keys beyond the mask's columns are not seen.
         attention_chunk: a query sees only keys of its own chunk of this many positions; None = off.
         seqused_k: [B] int32, keys of each sequence that exist (right-padded K and V); None = all.
         out: tensor to write, [B, Sq, H, Dv]; default a new contiguous one.
@@ -125,8 +126,8 @@ def attention_varlen(
         cu_seqlens_k: [B + 1] int32, the same for k and v.
         max_seqlen_q: longest query sequence, or an upper bound of it.
         max_seqlen_k: longest key sequence, or an upper bound of it.
-        mask: bool [Tq, columns] or [H or 1, Tq, columns], column j of a token's row is key j of its sequence; or packed by
-            ``pack_mask(mask, cu_seqlens_q=cu_seqlens_q)``.
+        mask: bool [Tq, columns] or [H or 1, Tq, columns], column j of a token's row is key j of its sequence; or packed
+            by             ``pack_mask(mask, cu_seqlens_q=cu_seqlens_q)``.
         seqused_k: [B] int32, keys at the start of each segment that exist; None = all.
 
     The other arguments are those of ``attention``.
@@ -173,8 +174,8 @@ def attention_with_kvcache(
     Args:
         q: [B, Sq, H, D], or [Tq, H, D] with cu_seqlens_q. Query i of a sequence sits at position
             i + cache_seqlens[b] - its query length, so Sq smaller than the cache is a chunk of a longer prefill.
-        k_cache: [B, S, Hk, D], or with page_table a pool [pages, page_size, Hk, D] of pages of 8, 16, 32, 64, 128 or 256
-            tokens. Any strides: an HND pool goes in as ``pool.transpose(1, 2)``, halves of a joint K and V pool as slices.
+        k_cache: [B, S, Hk, D], or with page_table a pool [pages, page_size, Hk, D] of pages of 8, 16, 32, 64, 128 or
+            256 tokens. Any strides: an HND pool goes in as ``pool.transpose(1, 2)``, halves of a joint pool as slices.
         v_cache: [B, S, Hk, Dv] or [pages, page_size, Hk, Dv].
         cache_seqlens: [B] int32, keys of each sequence in the cache, or one int for all.
         page_table: [B, P] int32: token j of sequence b lies in page page_table[b, j // page_size]. Entries past a
@@ -194,9 +195,7 @@ def attention_with_kvcache(
         import torch
 
         batch = page_table if page_table is not None else k_cache
-        cache_seqlens = torch.full(
-            (batch.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device
-        )
+        cache_seqlens = torch.full((batch.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     if cache_seqlens is None:
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
     return _call(
@@ -261,9 +260,7 @@ def _refuse_gradients() -> None:
         )
 
 
-def _checked(
-    q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None
-) -> call.Shape:
+def _checked(q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None) -> call.Shape:
     cu_q, cu_k, max_q, max_k, used, cache = lengths
     return call.check_call(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used, max_seqlen_q=max_q, max_seqlen_k=max_k, out=out,
@@ -282,9 +279,7 @@ def _make_plan(
         raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
     emulated = launch.emulated_arch(device)
     if emulated is None and device is not None:
-        raise InputError(
-            f"device is {device!r}; None (where the tensors are), 'emulator' or 'emulator:ARCH' is needed"
-        )
+        raise InputError(f"device is {device!r}; None (where the tensors are), 'emulator' or 'emulator:ARCH' is needed")
     if emulated is not None and q.device.type != "cpu":
         raise InputError(f"the emulator runs CPU tensors; q is on {q.device}: call q.cpu()")
     if q.device.type not in ("cpu", "cuda"):
@@ -319,9 +314,7 @@ def _arch(index: int) -> Arch:
     return found
 
 
-def _problem(
-    arch: Arch, q: Any, shape: call.Shape, opts: call.Options, extras: Extras
-) -> Problem:
+def _problem(arch: Arch, q: Any, shape: call.Shape, opts: call.Options, extras: Extras) -> Problem:
     return Problem(
         arch=arch,
         dtype=tensors.dtype_of("q", q),
@@ -408,9 +401,7 @@ def plan(
     extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     made = _make_plan(q, k, v, lengths, options, extras, out, device, None, None)
     if made is None:
-        raise InputError(
-            "CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors"
-        )
+        raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
     return made
 
 
@@ -465,9 +456,7 @@ def explain(
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
     extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     shape = _checked(q, k, v, lengths, extras)
-    opts = call.options(
-        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
-    )
+    opts = call.options(causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk)
     emulated = launch.emulated_arch(device)
     on_cpu = q.device.type == "cpu"
     arch = emulated or (Arch.SM80 if on_cpu else _arch(q.device.index))
@@ -487,9 +476,7 @@ def is_supported(*args: Any, **kwargs: Any) -> list[str]:
     return []
 
 
-def merge_states(
-    outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges attention over disjoint sets of keys into attention over their union.
 
     With ``l = logsumexp(lses)``: out = sum_i exp(lse_i - l) out_i (the combine step of split-KV attention).
@@ -507,21 +494,16 @@ def merge_states(
     import torch
 
     if len(outs) == 0 or len(outs) != len(lses):
-        raise InputError(
-            f"merge_states got {len(outs)} outs and {len(lses)} lses; at least one of each, equally many"
-        )
+        raise InputError(f"merge_states got {len(outs)} outs and {len(lses)} lses; at least one of each, equally many")
     shape = outs[0].shape
     rows = (*shape[:-3], shape[-2], shape[-3])
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != shape or tuple(lse.shape) != rows:
             raise InputError(
-                f"part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; "
-                f"{tuple(shape)} and {rows} are needed"
+                f"part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; {tuple(shape)} and {rows} are needed"
             )
     stacked = torch.stack([lse.float() for lse in lses])
     total = torch.logsumexp(stacked, dim=0)
     weights = torch.exp(stacked - torch.where(total.isinf(), 0.0, total))
-    merged = sum(
-        w.transpose(-1, -2).unsqueeze(-1) * out.float() for w, out in zip(weights, outs, strict=True)
-    )
+    merged = sum(w.transpose(-1, -2).unsqueeze(-1) * out.float() for w, out in zip(weights, outs, strict=True))
     return torch.as_tensor(merged).to(outs[0].dtype), total

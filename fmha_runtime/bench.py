@@ -165,9 +165,7 @@ class CudaTimer:
         return (peak - before) / 2**20
 
 
-def interleave(
-    runnables: Mapping[str, Runnable], timer: Timer, reps: int, seconds: float
-) -> dict[str, list[float]]:
+def interleave(runnables: Mapping[str, Runnable], timer: Timer, reps: int, seconds: float) -> dict[str, list[float]]:
     """Microseconds of each provider's runs, taking turns; fewer turns once ``seconds`` are over."""
     found: dict[str, list[float]] = {name: [] for name in runnables}
     begin = time.monotonic()
@@ -313,9 +311,7 @@ def _host_us(call: Call, batches: int = 7, calls: int = 100) -> float:
     return statistics.median(times)
 
 
-def _prepare(
-    cell: Cell, device: str, peers: Sequence[str]
-) -> tuple[dict[str, Runnable], dict[str, str]]:
+def _prepare(cell: Cell, device: str, peers: Sequence[str]) -> tuple[dict[str, Runnable], dict[str, str]]:
     """Who can run a cell, warmed up and in agreement, and why the others cannot."""
     import torch
 

@@ -100,8 +100,7 @@ class BenchRecord:
     def save(self, path: Path) -> None:
         """Write the record as JSON, one cell per line."""
         cells, host = (
-            ",\n".join(f"  {json.dumps(asdict(item))}" for item in items)
-            for items in (self.cells, self.host)
+            ",\n".join(f"  {json.dumps(asdict(item))}" for item in items) for items in (self.cells, self.host)
         )
         meta = json.dumps(self.meta, indent=1)
         text = f'{{"schema": {SCHEMA},\n"meta": {meta},\n'
@@ -145,9 +144,7 @@ class BenchRecord:
             if mean is not None:
                 ratios_of = self.ratios(peer)
                 lost = sum(r < 1 for r in ratios_of.values())
-                lines.append(
-                    f"geometric mean vs {peer}: {mean:.3f} over {len(ratios_of)} cells, {lost} lost"
-                )
+                lines.append(f"geometric mean vs {peer}: {mean:.3f} over {len(ratios_of)} cells, {lost} lost")
         for h in self.host:
             text = f"{h.host_us:.1f} us" if h.host_us is not None else f"absent: {h.absent}"
             lines.append(f"host time per call, {h.case}, {h.provider}: {text}")

@@ -96,8 +96,7 @@ def find_nvcc() -> Nvcc:
     found = _RELEASE.search(_tool_output([str(path), "--version"]))
     if found is None:
         raise ToolchainError(
-            f"{path} (from {origin}) does not answer --version like an nvcc; "
-            "set FMHA_NVCC to one that works"
+            f"{path} (from {origin}) does not answer --version like an nvcc; set FMHA_NVCC to one that works"
         )
     release, version = found.groups()
     _check_toolkit(path, release)
@@ -246,8 +245,7 @@ def disassemble(image: bytes) -> str:
                 file.flush()
                 return _tool_output([str(found), *options, file.name])
     raise ToolchainError(
-        "no disassembler: nvdisasm and cuobjdump are neither beside nvcc nor on PATH; "
-        "install a full CUDA toolkit"
+        "no disassembler: nvdisasm and cuobjdump are neither beside nvcc nor on PATH; install a full CUDA toolkit"
     )
 
 
@@ -304,9 +302,7 @@ class _Job:
         result = replace(result, stack_bytes=stack, spill_stores=stores, spill_loads=loads)
         allowed = catalog.allowed_spill_bytes(self.spec)
         if row.spill_bytes > allowed:
-            what = (
-                f"{row.spill_bytes} bytes of spills at {row.registers} registers, {allowed} allowed"
-            )
+            what = f"{row.spill_bytes} bytes of spills at {row.registers} registers, {allowed} allowed"
             return replace(result, error=_failure(self.spec, what, command, done.stdout))
         (self.folder / manifest.ROW).write_text(manifest.row_text(row))
         return replace(result, status="built", row=row)
@@ -335,9 +331,7 @@ class _Job:
             (self.folder / f"{self.spec.name}.{suffix}").unlink()
 
 
-def command_line(
-    nvcc: Nvcc, cxx: Path, flags: Sequence[str], spec: KernelSpec, suffix: str
-) -> list[str]:
+def command_line(nvcc: Nvcc, cxx: Path, flags: Sequence[str], spec: KernelSpec, suffix: str) -> list[str]:
     """What is run for one kernel, in a folder that holds ``NAME.cu``; writes ``NAME.suffix``."""
     # Input and output are named relative to the working folder: no path of this machine is
     # compiled.
@@ -380,9 +374,7 @@ def _entry(spec: KernelSpec, tile: Tile, nvcc: Nvcc) -> str:
     return f"{spec.name}-{key[:12]}"
 
 
-def _up_to_date(
-    spec: KernelSpec, tile: Tile, nvcc: Nvcc | None, into: Path | None
-) -> KernelRow | None:
+def _up_to_date(spec: KernelSpec, tile: Tile, nvcc: Nvcc | None, into: Path | None) -> KernelRow | None:
     """An intact row of just this build; without an nvcc to compare with, of any compiler."""
     try:
         if into is not None:
@@ -426,9 +418,7 @@ def _locate_nvcc() -> tuple[Path, str]:
     if chosen:
         found = config.which(chosen)
         if found is None:
-            raise ToolchainError(
-                f"FMHA_NVCC={chosen} is not an executable; correct it, or unset it to search"
-            )
+            raise ToolchainError(f"FMHA_NVCC={chosen} is not an executable; correct it, or unset it to search")
         return found, "FMHA_NVCC"
     try:
         from cuda.pathfinder import find_nvidia_binary_utility
@@ -455,9 +445,7 @@ def _tool_output(command: list[str]) -> str:
     except OSError as error:
         raise ToolchainError(f"cannot run {command[0]}: {error.strerror}") from None
     if done.returncode:
-        raise ToolchainError(
-            f"`{shlex.join(command)}` exited with {done.returncode}:\n{done.stdout.strip()}"
-        )
+        raise ToolchainError(f"`{shlex.join(command)}` exited with {done.returncode}:\n{done.stdout.strip()}")
     return done.stdout
 
 

@@ -75,28 +75,17 @@ def options(
         right = 0
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise InputError(
-                f"scale is {scale!r}; a Python float is needed (default 1/sqrt(head_dim))"
-            )
+            raise InputError(f"scale is {scale!r}; a Python float is needed (default 1/sqrt(head_dim))")
         if not (math.isfinite(scale) and scale > 0):
-            raise InputError(
-                f"scale is {scale}; it must be a positive finite number (default 1/sqrt(head_dim))"
-            )
+            raise InputError(f"scale is {scale}; it must be a positive finite number (default 1/sqrt(head_dim))")
         scale = float(scale)
-    if (
-        isinstance(softcap, bool)
-        or not isinstance(softcap, int | float)
-        or not 0 <= softcap < math.inf
-    ):
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
         raise InputError(f"softcap is {softcap!r}; a finite number >= 0 is needed, 0 = off")
     chunk = 0 if attention_chunk is None else attention_chunk
-    if (
-        isinstance(chunk, bool)
-        or not isinstance(chunk, int)
-        or not 0 <= chunk <= tensors.MAX_SEQLEN
-    ):
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 0 <= chunk <= tensors.MAX_SEQLEN:
         raise InputError(
-            f"attention_chunk is {attention_chunk!r}; an int from 1 to {tensors.MAX_SEQLEN} is needed, None (or 0) = off"
+            f"attention_chunk is {attention_chunk!r}; an int from 1 to {tensors.MAX_SEQLEN} is needed, "
+            "None (or 0) = off"
         )
     return Options(left, right, scale, causal, float(softcap), chunk)
 
@@ -206,25 +195,19 @@ def check_call(
         if cu_seqlens_k is not None:
             raise InputError("a cache has no cu_seqlens_k: its lengths are cache_seqlens")
         if seqused_k is None:
-            raise InputError(
-                "cache_seqlens is missing: an int32 tensor [batch] of keys in the cache is needed"
-            )
+            raise InputError("cache_seqlens is missing: an int32 tensor [batch] of keys in the cache is needed")
     elif varlen != (cu_seqlens_k is not None):
         raise InputError("cu_seqlens_q and cu_seqlens_k come together: one of them is missing")
     rank = 3 if varlen else 4
     rows = "[tokens" if varlen else "[batch, seq"
     rank_k = 4 if cache else rank
-    rows_k = (
-        rows if not cache else "[batch, seq" if extras.page_table is None else "[pages, page_size"
-    )
+    rows_k = rows if not cache else "[batch, seq" if extras.page_table is None else "[pages, page_size"
     tensors.check_tensor("q", q, rank, f"{rows}, heads, head_dim]")
     tensors.check_tensor("k", k, rank_k, f"{rows_k}, heads_k, head_dim]")
     tensors.check_tensor("v", v, rank_k, f"{rows_k}, heads_k, head_dim_v]")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype is not q.dtype:
-            raise InputError(
-                f"{name} has dtype {tensor.dtype}, q has {q.dtype}: all three must agree"
-            )
+            raise InputError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: all three must agree")
         if tensor.device != q.device:
             raise InputError(
                 f"{name} is on {tensor.device}, q is on {q.device}: all tensors of a call are on one device"
@@ -233,9 +216,7 @@ def check_call(
     if k.shape[-1] != q.shape[-1]:
         raise InputError(f"q has head dim {q.shape[-1]}, k has {k.shape[-1]}: they must be equal")
     if k.shape[:-1] != v.shape[:-1]:
-        raise InputError(
-            f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: all but the head dim must be equal"
-        )
+        raise InputError(f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: all but the head dim must be equal")
     if heads_k == 0 or heads % heads_k:
         raise InputError(
             f"{heads} query heads cannot share {heads_k} key/value heads evenly: heads must be a multiple of heads_k"
@@ -243,11 +224,7 @@ def check_call(
     total = None
     if varlen:
         length_q = _max_seqlen("max_seqlen_q", max_seqlen_q)
-        if (
-            not hasattr(cu_seqlens_q, "shape")
-            or len(cu_seqlens_q.shape) != 1
-            or cu_seqlens_q.shape[0] < 1
-        ):
+        if not hasattr(cu_seqlens_q, "shape") or len(cu_seqlens_q.shape) != 1 or cu_seqlens_q.shape[0] < 1:
             raise InputError(
                 "cu_seqlens_q must be an int32 tensor of batch + 1 offsets that start at 0, got "
                 f"{tuple(cu_seqlens_q.shape) if hasattr(cu_seqlens_q, 'shape') else cu_seqlens_q!r}"
@@ -282,18 +259,12 @@ def check_call(
                 f"{q.dtype} {shape.out} on {q.device}"
             )
         if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-            raise InputError(
-                "out has a stride of 0: several results would share one place in memory"
-            )
+            raise InputError("out has a stride of 0: several results would share one place in memory")
     return shape
 
 
 def _max_seqlen(name: str, value: object) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or not 0 <= value <= tensors.MAX_SEQLEN
-    ):
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= tensors.MAX_SEQLEN:
         raise InputError(
             f"{name} is {value!r}; a Python int from 0 to {tensors.MAX_SEQLEN} is needed "
             "(an upper bound is allowed; it is not read from the device)"
@@ -312,19 +283,13 @@ def _check_pages(table: Any, page_size: int, batch: int, device: torch.device) -
         )
     if not isinstance(table, torch.Tensor) or table.dtype is not torch.int32:
         got = table.dtype if isinstance(table, torch.Tensor) else type(table).__name__
-        raise InputError(
-            f"page_table is {got}; an int32 tensor [batch, pages of a sequence] is needed"
-        )
+        raise InputError(f"page_table is {got}; an int32 tensor [batch, pages of a sequence] is needed")
     if table.ndim != 2 or table.shape[0] != batch:
-        raise InputError(
-            f"page_table has shape {tuple(table.shape)}; [{batch}, pages of a sequence] is needed"
-        )
+        raise InputError(f"page_table has shape {tuple(table.shape)}; [{batch}, pages of a sequence] is needed")
     if table.shape[1] > 1 and table.stride(1) != 1:
         raise InputError("the rows of page_table must be contiguous: call page_table.contiguous()")
     if table.device != device:
-        raise InputError(
-            f"page_table is on {table.device}, q is on {device}: move it with .to({str(device)!r})"
-        )
+        raise InputError(f"page_table is on {table.device}, q is on {device}: move it with .to({str(device)!r})")
     return _max_seqlen("the longest sequence of page_table", table.shape[1] * page_size)
 
 
@@ -347,21 +312,15 @@ def _check_mask(mask: PackedMask, shape: Shape, device: torch.device) -> None:
             "varlen, pack_mask(mask) for dense"
         )
     if mask.heads not in (1, shape.heads) or mask.batch not in (1, shape.batch):
-        raise InputError(
-            f"{mask} for batch {shape.batch} and {shape.heads} heads: both must be equal to these, or 1"
-        )
+        raise InputError(f"{mask} for batch {shape.batch} and {shape.heads} heads: both must be equal to these, or 1")
     if mask.sequences is not None:
         if (mask.sequences, mask.rows) != (shape.batch, shape.total_q):
-            raise InputError(
-                f"{mask} for {shape.batch} sequences of {shape.total_q} tokens together"
-            )
+            raise InputError(f"{mask} for {shape.batch} sequences of {shape.total_q} tokens together")
     elif mask.rows != shape.seqlen_q:
         raise InputError(f"{mask} for {shape.seqlen_q} queries: the rows must be equal")
 
 
-def _check_floats(
-    name: str, tensor: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device
-) -> None:
+def _check_floats(name: str, tensor: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
     import torch
 
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) not in shapes:
@@ -369,9 +328,7 @@ def _check_floats(
         allowed = " or ".join(map(str, shapes))
         raise InputError(f"{name} is {got}; a tensor of shape {allowed} is needed")
     if tensor.dtype is not torch.float32 or tensor.device != device:
-        raise InputError(
-            f"{name} is {tensor.dtype} on {tensor.device}; torch.float32 on {device} is needed"
-        )
+        raise InputError(f"{name} is {tensor.dtype} on {tensor.device}; torch.float32 on {device} is needed")
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise InputError(f"the heads of {name} must be contiguous: call {name}.contiguous()")
 

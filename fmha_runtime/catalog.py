@@ -192,8 +192,7 @@ def tile(spec: KernelSpec) -> Tile:
     """
     if not exists(spec):
         raise UnsupportedProblem(
-            f"the catalogue has no kernel {spec.name}; "
-            f"`fmha list` shows the {len(enumerate_specs())} that it has",
+            f"the catalogue has no kernel {spec.name}; `fmha list` shows the {len(enumerate_specs())} that it has",
             problem=spec,
         )
     dims = (spec.head_dim, spec.head_dim_v)

@@ -144,9 +144,7 @@ def _selectable(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _json_flag(command: _Command) -> _Command:
-    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(
-        command
-    )
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
 
 
 @main.command("list")
@@ -182,9 +180,7 @@ def explain(words: tuple[str, ...], arch: str | None, as_json: bool) -> None:
     """
     from . import dispatch
 
-    trace = dispatch.trace(
-        selection.problem(words, Arch(arch) if arch else selection.device_arch())
-    )
+    trace = dispatch.trace(selection.problem(words, Arch(arch) if arch else selection.device_arch()))
     if as_json:
         item = {
             "problem": str(trace.problem),
@@ -235,9 +231,7 @@ def build(
                     raise _Stop
 
         try:
-            results = builder.build(
-                specs, jobs=jobs, force=force, keep=keep, into=into, tile=cut, on_event=on_event
-            )
+            results = builder.build(specs, jobs=jobs, force=force, keep=keep, into=into, tile=cut, on_event=on_event)
         except _Stop:
             _say("stopped at the first failure (--fail-fast)")
         except KeyboardInterrupt as error:

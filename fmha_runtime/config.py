@@ -13,9 +13,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-_BYTES_PER_JOB = (
-    2 << 30
-)  # nvcc's device compiler peaks near 1 GiB on a large kernel; the rest is headroom
+_BYTES_PER_JOB = 2 << 30  # nvcc's device compiler peaks near 1 GiB on a large kernel; the rest is headroom
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,7 @@ def emulator_threads() -> int:
     if text is None:
         return len(os.sched_getaffinity(0))
     if not text.isdigit() or int(text) < 1:
-        raise InputError(
-            f"FMHA_EMULATOR_THREADS={text!r} is not a number of threads; set it to 1 or more"
-        )
+        raise InputError(f"FMHA_EMULATOR_THREADS={text!r} is not a number of threads; set it to 1 or more")
     return int(text)
 
 

@@ -153,9 +153,7 @@ def _model(device: str) -> tuple[Any, Any]:
     tokens = tokenizer(list(SENTENCES), padding=True, return_tensors="pt").to(where)
 
     def load(attention: str, dtype: Any) -> Any:
-        model = AutoModel.from_pretrained(
-            folder, local_files_only=True, attn_implementation=attention, dtype=dtype
-        )
+        model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation=attention, dtype=dtype)
         return model.eval().to(where)
 
     return tokens, load

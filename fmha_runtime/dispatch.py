@@ -42,9 +42,7 @@ class Problem:
     window: tuple[int | None, int | None] = (None, None)
 
     def __str__(self) -> str:
-        dims = f"{self.head_dim}" + (
-            f"x{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
-        )
+        dims = f"{self.head_dim}" + (f"x{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         words = [
             f"{self.op.value} on {self.arch.value}, {self.dtype.value}, head dim {dims}",
             f"batch {self.batch}, {self.heads}/{self.heads_k} heads, {self.seqlen_q} x {self.seqlen_k} tokens",
@@ -98,8 +96,7 @@ def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
         reasons.append(f"reads {spec.dtype.value}, problem is {problem.dtype.value}")
     if (spec.head_dim, spec.head_dim_v) != (problem.head_dim, problem.head_dim_v):
         reasons.append(
-            f"has head dims {spec.head_dim}x{spec.head_dim_v}, "
-            f"problem has {problem.head_dim}x{problem.head_dim_v}"
+            f"has head dims {spec.head_dim}x{spec.head_dim_v}, problem has {problem.head_dim}x{problem.head_dim_v}"
         )
     if spec.score is not problem.score:
         reasons.append(f"computes {spec.score.value} scores, problem needs {problem.score.value}")

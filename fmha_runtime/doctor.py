@@ -124,9 +124,7 @@ def _driver(found: Diagnosis) -> Lines:
         return
     if status != 0:
         yield "GPUs", f"cuInit failed with CUresult {status}"
-        found.problems.append(
-            Problem(f"the CUDA driver does not start (CUresult {status})", "nvidia-smi")
-        )
+        found.problems.append(Problem(f"the CUDA driver does not start (CUresult {status})", "nvidia-smi"))
         return
     yield from _gpus(cuda, found)
 

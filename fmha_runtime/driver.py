@@ -8,7 +8,9 @@ during someone's graph capture would break the capture.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +68,9 @@ def _api() -> Any:
     os.register_at_fork(after_in_child=_refuse_in_child)
     return api
 
+
+_ELF = b"\x7fELF"
+_SHT_NOBITS = 8
 
 _forked = False
 
@@ -133,9 +138,7 @@ def device_count() -> int:
 @cache
 def capability(index: int) -> tuple[int, int]:
     """Compute capability (major, minor) of a GPU."""
-    return _attribute(index, "COMPUTE_CAPABILITY_MAJOR"), _attribute(
-        index, "COMPUTE_CAPABILITY_MINOR"
-    )
+    return _attribute(index, "COMPUTE_CAPABILITY_MAJOR"), _attribute(index, "COMPUTE_CAPABILITY_MINOR")
 
 
 @cache
@@ -218,9 +221,7 @@ class Kernel:
         Raises:
             DriverError: the launch was refused, or an earlier kernel of this context failed.
         """
-        result = self._launch(
-            self._function, grid, 1, 1, threads, 1, 1, smem, stream, params, 0
-        )
+        result = self._launch(self._function, grid, 1, 1, threads, 1, 1, smem, stream, params, 0)
         if result[0]:
             if _forked:
                 _call("cuDriverGetVersion")  # raises with the remedy
@@ -231,9 +232,7 @@ _kernels: dict[tuple[str, int, bytes], Kernel] = {}
 _lock = threading.Lock()
 
 
-def load(
-    image: bytes, name: str, device: int, smem: int, params_size: int | None = None, stream: int = 0
-) -> Kernel:
+def load(image: bytes, name: str, device: int, smem: int, params_size: int | None = None, stream: int = 0) -> Kernel:
     """Loads a cubin (or PTX text) on a device and prepares its kernel for launching.
 
     Args:
@@ -248,8 +247,6 @@ def load(
         DriverError: no driver, the image does not fit the device, or a graph is being captured.
         ArtifactError: the image's parameter block has another size than this version of the library fills.
     """
-    import hashlib
-
     key = (name, device, hashlib.sha256(image).digest())
     found = _kernels.get(key)
     if found is not None:
@@ -261,7 +258,9 @@ def load(
                 "there. Call fmha_runtime.prepare(...) (or run the call once) before the capture begins."
             )
         api = _api()
-        text = image if image[:4] == b"\x7fELF" else image + b"\0"
+        if image[:4] == _ELF:
+            _check_whole(name, image)
+        text = image if image[:4] == _ELF else image + b"\0"
         library = _call("cuLibraryLoadData", text, [], [], 0, [], [], 0)
         kernel = _call("cuLibraryGetKernel", library, name.encode())
         if params_size is not None:
@@ -277,6 +276,32 @@ def load(
         _call("cuKernelSetAttribute", attribute, smem, kernel, _device(device))
         function = _call("cuKernelGetFunction", kernel)
         return _kernels.setdefault(key, Kernel(name, device, library, function))
+
+
+def _check_whole(name: str, image: bytes) -> None:
+    """The driver takes a cubin by address and trusts its headers: a truncated one would crash the process.
+
+    Raises:
+        ArtifactError: the ELF headers or a section reach past the end of the image.
+    """
+    size = len(image)
+    try:
+        (headers,) = struct.unpack_from("<Q", image, 0x28)
+        entry, count = struct.unpack_from("<HH", image, 0x3A)
+        end = headers + entry * count
+        for at in range(headers, end, entry):
+            (kind,) = struct.unpack_from("<I", image, at + 4)
+            offset, length = struct.unpack_from("<QQ", image, at + 0x18)
+            end = max(end, offset if kind == _SHT_NOBITS else offset + length)
+    except struct.error:
+        end = size + 1
+    if end > size:
+        raise ArtifactError(
+            f"the cubin of {name} is truncated: it is {size} bytes and its headers reach further; "
+            f"rebuild it with `fmha build --force {name}`",
+            expected=end,
+            found=size,
+        )
 
 
 def registers(kernel: Kernel) -> int:

@@ -205,8 +205,7 @@ def _version(compiler: Path) -> str:
     result = subprocess.run([str(compiler), "--version"], capture_output=True, text=True)
     if result.returncode != 0:
         raise ToolchainError(
-            f"{compiler} --version failed ({result.stderr.strip()}); "
-            "set FMHA_HOST_CXX to a C++17 compiler"
+            f"{compiler} --version failed ({result.stderr.strip()}); set FMHA_HOST_CXX to a C++17 compiler"
         )
     return result.stdout
 
@@ -228,8 +227,7 @@ def _staging(target: Path) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-")
     except OSError as error:
         raise ArtifactError(
-            f"cannot write emulated kernels to {target.parent} ({error}); "
-            "set FMHA_CACHE_DIR to a writable folder",
+            f"cannot write emulated kernels to {target.parent} ({error}); set FMHA_CACHE_DIR to a writable folder",
             path=target.parent,
         ) from None
 

@@ -60,9 +60,7 @@ class ArtifactError(FmhaError):
         expected, found: the two values that disagree (both may be None).
     """
 
-    def __init__(
-        self, message: str, *, path: Any = None, expected: Any = None, found: Any = None
-    ) -> None:
+    def __init__(self, message: str, *, path: Any = None, expected: Any = None, found: Any = None) -> None:
         super().__init__(message)
         self.path = path
         self.expected = expected

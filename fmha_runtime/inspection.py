@@ -87,9 +87,7 @@ def inspect(spec: KernelSpec) -> Inspection:
     if state.word == "ready" and state.row is not None:
         image = manifest.load_image(state.row)
         try:
-            return Inspection(
-                spec, state, build.instruction_mix(build.disassemble(image)), "SASS", ""
-            )
+            return Inspection(spec, state, build.instruction_mix(build.disassemble(image)), "SASS", "")
         except ToolchainError as error:
             note = f"the mix is of the PTX: {error}"
     else:

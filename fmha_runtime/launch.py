@@ -165,9 +165,7 @@ class Plan:
         self._place(extras)
         self.grid = p.m_blocks * shape.batch * shape.heads
         if self.grid >= 1 << 31:
-            raise InputError(
-                f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch"
-            )
+            raise InputError(f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
         self._maps: tuple[int, ...] = ()
         if isinstance(block, FwdTmaParams):
             self.grid = block.ctas = self._ctas()
@@ -193,9 +191,7 @@ class Plan:
         rows = (self.tile.block_m, self.tile.block_n, self.tile.block_n)
         slots = (block.q_map, block.k_map, block.v_map)
         for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
-            layout = tensor_map.layout(
-                tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle
-            )
+            layout = tensor_map.layout(tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle)
             encode(layout, tensor.data_ptr(), ctypes.addressof(slot))
         self._maps = tuple(ctypes.addressof(slot) for slot in slots)
 
@@ -261,9 +257,7 @@ class Plan:
                 "a plan is for one set of optional tensors (alibi_slopes, sinks, page_table, mask): "
                 f"this one was made with {self._asked}, this run has {extras.given}"
             )
-        return self.launch(
-            q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras
-        )
+        return self.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)
 
     def _refuse(self, *given: torch.Tensor) -> None:
         for name, tensor, planned in zip("qkv", given, self.geometry, strict=True):
@@ -334,14 +328,10 @@ class Plan:
         if stream is None:
             stream = cuda._cuda_getCurrentRawStream(device)
         if cuda._cuda_getDevice() == device:
-            self.kernel.launch(
-                self.grid, self._threads, self._smem, stream, self._argument_address
-            )
+            self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
         else:
             with self._torch.cuda.device(device):
-                self.kernel.launch(
-                    self.grid, self._threads, self._smem, stream, self._argument_address
-                )
+                self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
 
     def _emulate(
         self,
@@ -357,9 +347,7 @@ class Plan:
             for t in group
             if t is not None
         ]
-        self.kernel.launch(
-            self.grid, self._threads, self._smem, 0, ctypes.addressof(self._block), buffers
-        )
+        self.kernel.launch(self.grid, self._threads, self._smem, 0, ctypes.addressof(self._block), buffers)
 
 
 def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -433,9 +421,7 @@ def run(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, out=out, extras=extras, cache=page_table is not None,
     )  # fmt: skip
-    opts = call.options(
-        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
-    )
+    opts = call.options(causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk)
     dtype, score, family = tensors.dtype_of("q", q), call.score(opts, extras), call.mask(extras)
     wanted = (dtype, shape.head_dim, shape.head_dim_v, family, score, shape.kv)
     if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v, spec.mask, spec.score, spec.kv):
@@ -444,6 +430,4 @@ def run(
             f"{score.value} scores, {shape.kv.value} K and V"
         )
     plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras)
-    return plan.launch(
-        q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras
-    )
+    return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)

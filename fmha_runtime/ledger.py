@@ -143,9 +143,7 @@ def status(spec: KernelSpec, records: Iterable[Record] | None = None) -> Status:
     if last.tile != tile:
         reason = f"the record is of tile {last.tile}, the catalogue now says {tile}"
     else:
-        reason = (
-            f"the record is of source {last.source_hash[:12]}, the source is now {source_hash[:12]}"
-        )
+        reason = f"the record is of source {last.source_hash[:12]}, the source is now {source_hash[:12]}"
     return Status("stale", reason, last, emulated)
 
 

@@ -147,9 +147,7 @@ def states(specs: Sequence[KernelSpec]) -> list[State]:
         if header not in present:
             present[header] = sources.source_hash(spec)
         mine = [row for row in found if row.spec == spec]
-        concerns = [
-            e for e in broken if not _entry_name(e.path) or _entry_name(e.path) == spec.name
-        ]
+        concerns = [e for e in broken if not _entry_name(e.path) or _entry_name(e.path) == spec.name]
         result.append(_judge(spec, mine, concerns, _Present(abi, present[header])))
     return result
 
@@ -178,9 +176,7 @@ def load_image(row: KernelRow) -> bytes:
     try:
         image = row.path.read_bytes()
     except OSError as error:
-        raise ArtifactError(
-            f"cannot read {row.path} ({error.strerror}); {_remedy(row.spec)}", path=row.path
-        ) from None
+        raise ArtifactError(f"cannot read {row.path} ({error.strerror}); {_remedy(row.spec)}", path=row.path) from None
     found = hashlib.sha256(image).hexdigest()
     if found != row.sha256:
         raise ArtifactError(
@@ -210,9 +206,7 @@ def read_manifest(root: Path, label: str = "") -> list[KernelRow]:
     result = [KernelRow.from_json(item, path) for item in items]
     if len({row.spec for row in result}) != len(result):
         raise _broken(path, "a kernel has two rows")
-    return [
-        _placed(row, label, root / row.spec.arch.value / f"{row.spec.name}.cubin") for row in result
-    ]
+    return [_placed(row, label, root / row.spec.arch.value / f"{row.spec.name}.cubin") for row in result]
 
 
 def manifest_text(rows: Iterable[KernelRow]) -> str:
@@ -270,9 +264,7 @@ class _Present:
         return ""
 
 
-def _judge(
-    spec: KernelSpec, found: list[KernelRow], broken: list[ArtifactError], present: _Present
-) -> State:
+def _judge(spec: KernelSpec, found: list[KernelRow], broken: list[ArtifactError], present: _Present) -> State:
     poor: list[State] = []
     for row in found:
         objection = present.objection(row)
@@ -298,11 +290,7 @@ def _remedy(spec: KernelSpec) -> str:
 
 
 def _broken(path: Path, what: str) -> ArtifactError:
-    remedy = (
-        "restore it from the release"
-        if path.name == MANIFEST
-        else f"remove {path.parent} and build again"
-    )
+    remedy = "restore it from the release" if path.name == MANIFEST else f"remove {path.parent} and build again"
     return ArtifactError(f"{path} is not usable: {what}; {remedy}", path=path)
 
 
@@ -338,16 +326,12 @@ def _entry_name(path: Path) -> str:
     return "" if path.name != ROW else path.parent.name.rpartition("-")[0]
 
 
-def _scan(
-    label: str, root: Path, spec: KernelSpec | None = None
-) -> Iterator[KernelRow | ArtifactError]:
+def _scan(label: str, root: Path, spec: KernelSpec | None = None) -> Iterator[KernelRow | ArtifactError]:
     """Rows of one root, of one kernel or of all; a root may have both layouts. Errors are handed
     out, not raised.
     """
     if label == "FMHA_CUBIN_DIR" and not root.is_dir():
-        yield ArtifactError(
-            f"FMHA_CUBIN_DIR={root} is not a folder; correct or unset it", path=root
-        )
+        yield ArtifactError(f"FMHA_CUBIN_DIR={root} is not a folder; correct or unset it", path=root)
         return
     try:
         yield from (row for row in read_manifest(root, label) if spec in (None, row.spec))
@@ -367,9 +351,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def _collect(
-    items: Iterable[KernelRow | ArtifactError], rows: list[KernelRow], errors: list[ArtifactError]
-) -> None:
+def _collect(items: Iterable[KernelRow | ArtifactError], rows: list[KernelRow], errors: list[ArtifactError]) -> None:
     for item in items:
         if isinstance(item, ArtifactError):
             errors.append(item)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arbitrary boolean masks, one bit per query and key, in the order in which the matrix instructions want them.
 
-A block of 64 rows x 64 columns is 128 words of 32 bits. Word ``32 * w + 4 * g + t`` (w < 4, g < 8, t < 4) belongs to rows
-``16 * w + g`` and ``+ 8``, columns ``8 * n + 2 * t`` and ``+ 1`` for n < 8; its bit ``4 * n + 2 * half + k`` is row
-``16 * w + g + 8 * half``, column ``8 * n + 2 * t + k``. Blocks lie row-major, and beside them ``any`` holds a bit per block
-that says whether one of its bits is set: kernels skip the others. Rows of a varlen sequence b begin at row block
-``cu_seqlens_q[b] // 64 + b``. Rows and columns outside the mask are 0. kernel_src/fmha/mask.cuh reads all this.
+A block of 64 rows x 64 columns is 128 words of 32 bits. Word ``32 * w + 4 * g + t`` (w < 4, g < 8, t < 4) belongs to
+rows ``16 * w + g`` and ``+ 8``, columns ``8 * n + 2 * t`` and ``+ 1`` for n < 8; its bit ``4 * n + 2 * half + k`` is
+row ``16 * w + g + 8 * half``, column ``8 * n + 2 * t + k``. Blocks lie row-major, and beside them ``any`` holds a bit
+per block that says whether one of its bits is set: kernels skip the others. Rows of a varlen sequence b begin at row
+block ``cu_seqlens_q[b] // 64 + b``. Rows and columns outside the mask are 0. kernel_src/fmha/mask.cuh reads all this.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class PackedMask:
 
     def __str__(self) -> str:
         kind = "dense" if self.sequences is None else f"varlen of {self.sequences}"
-        return (
-            f"{kind} mask [{self.batch}, {self.heads}, {self.rows}, {self.cols}] on {self.device}"
-        )
+        return f"{kind} mask [{self.batch}, {self.heads}, {self.rows}, {self.cols}] on {self.device}"
 
 
 def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedMask:
@@ -72,8 +70,8 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
 
     Args:
         mask: True (or nonzero) = attend; a torch tensor or numpy array of bool, integers or floats.
-            [Sq, Sk], [B or 1, H or 1, Sq, Sk]; with cu_seqlens_q [Tq, columns] or [H or 1, Tq, columns], where column j of
-            a token's row is key j of its own sequence.
+            [Sq, Sk], [B or 1, H or 1, Sq, Sk]; with cu_seqlens_q [Tq, columns] or [H or 1, Tq, columns], where column
+            j of a token's row is key j of its own sequence.
         cu_seqlens_q: int32 [B + 1] for varlen queries.
 
     Raises:
@@ -95,9 +93,7 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
     if bits.ndim == 2:
         bits = bits[None]
     if bits.ndim != 3:
-        raise InputError(
-            f"mask has shape {tuple(bits.shape)}; varlen needs [Tq, columns] or [H or 1, Tq, columns]"
-        )
+        raise InputError(f"mask has shape {tuple(bits.shape)}; varlen needs [Tq, columns] or [H or 1, Tq, columns]")
     _, rows, cols = bits.shape
     sequences = cu_seqlens_q.shape[0] - 1
     places = _row_places(rows, cu_seqlens_q.to(bits.device))
@@ -158,9 +154,7 @@ def unpack_mask(mask: PackedMask, *, cu_seqlens_q: torch.Tensor | None = None) -
     import torch
 
     if (mask.sequences is None) != (cu_seqlens_q is None):
-        raise InputError(
-            f"a {mask} needs {'no ' if mask.sequences is None else ''}cu_seqlens_q to be unpacked"
-        )
+        raise InputError(f"a {mask} needs {'no ' if mask.sequences is None else ''}cu_seqlens_q to be unpacked")
     batch, heads, row_blocks, col_blocks, _ = mask.words.shape
     shifts = torch.arange(32, dtype=torch.int32, device=mask.device)
     bits = (mask.words[..., None] >> shifts & 1).bool()

@@ -23,9 +23,7 @@ def speed(record: BenchRecord, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(
-            "plots need matplotlib: pip install 'fmha-runtime[bench]', or leave out the plot"
-        ) from error
+        raise InputError("plots need matplotlib: pip install 'fmha-runtime[bench]', or leave out the plot") from error
     panels: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for case in record.cases:
         found = _KEY.fullmatch(case)

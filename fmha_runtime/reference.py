@@ -174,9 +174,7 @@ def baseline(
     """
     import torch
 
-    maths = _maths(
-        q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk
-    )
+    maths = _maths(q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk)
     extras = _Extras(alibi_slopes, sinks, page_table, mask)
     return _dense(maths, q, k, v, seqused_k, extras)
 
@@ -202,9 +200,7 @@ def baseline_varlen(
     """``baseline`` of packed sequences: ``out [Tq, H, Dv]``, ``lse [H, Tq]`` in float32."""
     import torch
 
-    maths = _maths(
-        q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk
-    )
+    maths = _maths(q.dtype, torch.float32, q, causal, window, scale, softcap, attention_chunk)
     extras = _Extras(alibi_slopes, sinks, page_table, mask)
     return _varlen(maths, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
 
@@ -318,9 +314,7 @@ def _sequence(
         if maths.right is not None:
             score = score.masked_fill(-past > maths.right, float("-inf"))
         if maths.chunk:
-            other = (i - past).div(maths.chunk, rounding_mode="floor") != i.div(
-                maths.chunk, rounding_mode="floor"
-            )
+            other = (i - past).div(maths.chunk, rounding_mode="floor") != i.div(maths.chunk, rounding_mode="floor")
             score = score.masked_fill(other, float("-inf"))
         if hidden is not None:
             part_hidden = hidden[..., begin : begin + rows, :]

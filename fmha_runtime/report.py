@@ -34,10 +34,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     if not rows:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def size(count: int) -> str:
@@ -70,8 +67,7 @@ def list_item(spec: KernelSpec, state: State, proof: Status) -> dict[str, Any]:
     tile = catalog.tile(spec)
     built = row.to_json() if row else {}
     facts = {
-        name: built.get(name)
-        for name in ("registers", "spill_bytes", "abi", "params_size", "size", "sha256", "nvcc")
+        name: built.get(name) for name in ("registers", "spill_bytes", "abi", "params_size", "size", "sha256", "nvcc")
     }
     record = proof.record
     return {
@@ -195,8 +191,7 @@ def verify_facts(outcome: Report) -> dict[str, Any]:
         "how": outcome.how,
         "passed": len(outcome.passed),
         "failed": [
-            {"case": one.case.id, "failures": [str(failure) for failure in one.failures]}
-            for one in outcome.failed
+            {"case": one.case.id, "failures": [str(failure) for failure in one.failures]} for one in outcome.failed
         ],
         "skipped": [{"case": one.case.id, "reason": one.reason} for one in outcome.skipped],
         "worst_rel_l2": outcome.worst_rel_l2,
@@ -211,9 +206,7 @@ def build_script(specs: Sequence[KernelSpec], tile: Tile | None = None) -> list[
     lines = []
     for spec in specs:
         source = sources.render(spec, tile or catalog.tile(spec)).rstrip()
-        command = build.command_line(
-            nvcc, cxx, (*sources.flags(spec.arch), "-cubin"), spec, "cubin"
-        )
+        command = build.command_line(nvcc, cxx, (*sources.flags(spec.arch), "-cubin"), spec, "cubin")
         lines += [f"cat > {spec.name}.cu <<'END'", *source.splitlines(), "END"]
         lines += [shlex.join(command), ""]
     return lines

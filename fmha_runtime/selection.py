@@ -72,11 +72,7 @@ class Selection:
             tests.append(lambda spec: any(fnmatchcase(spec.name, name) for name in self.names))
         if self.head_dim:
             dims = [_dims(word) for word in self.head_dim]
-            tests.append(
-                lambda spec: any(
-                    spec.head_dim == d and dv in (None, spec.head_dim_v) for d, dv in dims
-                )
-            )
+            tests.append(lambda spec: any(spec.head_dim == d and dv in (None, spec.head_dim_v) for d, dv in dims))
         for axis in ("op", "arch", "dtype", "mask", "score", "kv"):
             allowed = getattr(self, axis)
             if allowed:
@@ -186,17 +182,13 @@ def _member(kind: type[_Word], value: str) -> _Word:
         return kind(value)
     except ValueError:
         allowed = ", ".join(member.value for member in kind)
-        raise InputError(
-            f"{kind.__name__.lower()}={value} is unknown; it is one of {allowed}"
-        ) from None
+        raise InputError(f"{kind.__name__.lower()}={value} is unknown; it is one of {allowed}") from None
 
 
 def _window(value: str) -> tuple[int | None, int | None]:
     parts = value.split(",")
     if len(parts) != 2 or not all(re.fullmatch(r"\d+|-1|none|", part.lower()) for part in parts):
-        raise InputError(
-            f"window={value} is not a pair of key counts; write window=127,0, and -1 for unlimited"
-        )
+        raise InputError(f"window={value} is not a pair of key counts; write window=127,0, and -1 for unlimited")
     left, right = (int(part) if part.isdecimal() else None for part in parts)
     return left, right
 

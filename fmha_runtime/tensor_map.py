@@ -134,9 +134,7 @@ def layout(
     steps = (strides[1], strides[2], strides[0])
     # A dimension of size 1 is never stepped along, whatever its stride says.
     size = dtype.itemsize
-    byte_strides = (
-        0 if count == 1 else step * size for count, step in zip(dims[1:], steps, strict=True)
-    )
+    byte_strides = (0 if count == 1 else step * size for count, step in zip(dims[1:], steps, strict=True))
     box = (box_columns, box_rows, 1, 1)
     return TensorMapLayout(dims, tuple(byte_strides), box, swizzle, dtype)
 
@@ -148,8 +146,7 @@ def check_address(address: int) -> None:
     """
     if address % 16 != 0:
         raise InputError(
-            f"the tensor starts at address {address:#x}; the copy engine takes multiples of 16 "
-            "bytes: clone the tensor"
+            f"the tensor starts at address {address:#x}; the copy engine takes multiples of 16 bytes: clone the tensor"
         )
 
 

@@ -70,7 +70,8 @@ def check_tensor(name: str, tensor: Any, rank: int, layout: str) -> None:
         if shape[axis] > 1 and stride[axis] * size % ALIGNMENT:
             raise InputError(
                 f"stride {stride[axis]} of {name} (axis {axis}) is {stride[axis] * size} bytes; strides must be "
-                f"multiples of {ALIGNMENT} bytes, {ALIGNMENT // size} elements: call {name}.contiguous() or pad the rows"
+                f"multiples of {ALIGNMENT} bytes, {ALIGNMENT // size} elements: "
+                f"call {name}.contiguous() or pad the rows"
             )
         if shape[axis] > 1 and stride[axis] < 0:
             raise InputError(f"{name} has a negative stride on axis {axis}: call {name}.contiguous()")
@@ -104,13 +105,9 @@ def check_index(name: str, tensor: Any, length: int, device: torch.device) -> No
             f"{name} is a {type(tensor).__name__}; an int32 tensor of shape [{length}] on {device} is needed"
         )
     if tensor.dtype is not torch.int32:
-        raise InputError(
-            f"{name} has dtype {tensor.dtype}; torch.int32 is needed: {name}.to(torch.int32)"
-        )
+        raise InputError(f"{name} has dtype {tensor.dtype}; torch.int32 is needed: {name}.to(torch.int32)")
     if tensor.ndim != 1 or tensor.shape[0] != length:
-        raise InputError(
-            f"{name} has shape {tuple(tensor.shape)}; [{length}] is needed for this batch"
-        )
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}; [{length}] is needed for this batch")
     if length > 1 and tensor.stride(0) != 1:
         raise InputError(f"{name} must be contiguous: call {name}.contiguous()")
     if tensor.device != device:

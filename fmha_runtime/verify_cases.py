@@ -101,9 +101,7 @@ class Case:
 
     def products(self, spec: KernelSpec) -> int:
         """Warp-wide m16n8k16 products, in whole 64x64 tiles and without regard to the mask."""
-        tiles = sum(
-            -(-q // 64) * -(-k // 64) for q, k in zip(self.lens_q, self.lens_k, strict=True)
-        )
+        tiles = sum(-(-q // 64) * -(-k // 64) for q, k in zip(self.lens_q, self.lens_k, strict=True))
         return self.heads * tiles * 2 * (spec.head_dim + spec.head_dim_v)
 
 
@@ -138,14 +136,11 @@ def cases(spec: KernelSpec) -> tuple[Case, ...]:
 @cache
 def _cases(mask: Mask, score: Score, kv: KvLayout) -> tuple[Case, ...]:
     return tuple(
-        Case(id=i, **settings, **_features(settings, i, mask, score, kv))
-        for i, settings in enumerate(_settings())
+        Case(id=i, **settings, **_features(settings, i, mask, score, kv)) for i, settings in enumerate(_settings())
     )
 
 
-def _features(
-    settings: dict[str, Any], i: int, mask: Mask, score: Score, kv: KvLayout
-) -> dict[str, Any]:
+def _features(settings: dict[str, Any], i: int, mask: Mask, score: Score, kv: KvLayout) -> dict[str, Any]:
     """What the kernel's features make of case ``i``; takes from ``settings`` what they exclude."""
     more: dict[str, Any] = {}
     if score is Score.SOFTCAP:
@@ -338,9 +333,7 @@ def _feature_tensors(case: Case, random: torch.Generator, device: str) -> dict[s
     return found
 
 
-def _paged(
-    case: Case, k: Tensor, v: Tensor, random: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def _paged(case: Case, k: Tensor, v: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The same keys and values in pages, shuffled, and the page table.
 
     Page tails and pages of nobody are NaN, table entries past a sequence's end are no pages.

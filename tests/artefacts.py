@@ -39,9 +39,7 @@ class FakeNvcc:
 
     def write(self, version="13.0.99", seconds=0, spills=0, failing="nothing"):
         """Change how it behaves from now on."""
-        text = _SCRIPT.format(
-            version=version, seconds=seconds, spills=spills, failing=failing, log=self._log
-        )
+        text = _SCRIPT.format(version=version, seconds=seconds, spills=spills, failing=failing, log=self._log)
         self.path.write_text(text)
         self.path.chmod(0o755)
 

@@ -23,9 +23,7 @@ from fmha_runtime.tensor_map import Swizzle, TensorMapLayout
 MAX_STEPS = 20
 
 # launch(source, name, threads, smem, params, arrays in, arrays out)
-Launch = Callable[
-    [str, str, int, int, ctypes.Structure, Sequence[np.ndarray], Sequence[np.ndarray]], None
-]
+Launch = Callable[[str, str, int, int, ctypes.Structure, Sequence[np.ndarray], Sequence[np.ndarray]], None]
 
 TMA_SOURCE = """
 #include "params.h"
@@ -166,9 +164,7 @@ def k_major_steps(offset: int, rows: int, depth: int, span: int) -> list[int]:
 
 def mn_major_steps(offset: int, depth: int, span: int) -> list[int]:
     """Descriptors of a tile whose rows are the depth, one for each 16 of them."""
-    return [
-        descriptor(offset + k * span, depth * span, 8 * span, span) for k in range(0, depth, 16)
-    ]
+    return [descriptor(offset + k * span, depth * span, 8 * span, span) for k in range(0, depth, 16)]
 
 
 # --- running ---
@@ -208,9 +204,7 @@ def operands(element: str, n: int, depth: int, seed: int = 0) -> Operands:
     """Random operands of a 64 x n x depth product."""
     dtype = {"Fp16": torch.float16, "Bf16": torch.bfloat16}[element]
     generator = torch.Generator().manual_seed(seed)
-    a, b = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((64, depth), (depth, n))
-    )
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((64, depth), (depth, n)))
     bits = [x.view(torch.uint16).numpy() for x in (a, b)]
     return Operands(bits[0], bits[1], (a.double() @ b.double()).numpy())
 
@@ -311,9 +305,7 @@ class TmaCase:
     @property
     def layout(self) -> TensorMapLayout:
         """What the tensor map encodes."""
-        return tensor_map.layout(
-            self.shape, self.strides, DType.BF16, self.rows, self.columns, self.swizzle
-        )
+        return tensor_map.layout(self.shape, self.strides, DType.BF16, self.rows, self.columns, self.swizzle)
 
     def storage(self) -> np.ndarray:
         """Numbers that are all different, as long as there are not more than 65535."""
@@ -322,9 +314,7 @@ class TmaCase:
 
     def want(self, storage: np.ndarray) -> np.ndarray:
         """The box as bytes of shared memory."""
-        view = np.lib.stride_tricks.as_strided(
-            storage, self.shape, tuple(2 * s for s in self.strides)
-        )
+        view = np.lib.stride_tricks.as_strided(storage, self.shape, tuple(2 * s for s in self.strides))
         box = np.zeros((self.rows, self.columns), np.uint16)
         c0, row0, head, batch = self.at
         if 0 <= head < self.shape[2] and 0 <= batch < self.shape[0]:
@@ -338,36 +328,18 @@ class TmaCase:
 
 
 TMA_CASES = {
-    "128-byte swizzle": TmaCase(
-        (2, 40, 3, 64), (40 * 192, 192, 64, 1), 32, 64, Swizzle.B128, (0, 8, 1, 1)
-    ),
-    "64-byte swizzle": TmaCase(
-        (2, 40, 3, 32), (40 * 96, 96, 32, 1), 32, 32, Swizzle.B64, (0, 8, 2, 0)
-    ),
+    "128-byte swizzle": TmaCase((2, 40, 3, 64), (40 * 192, 192, 64, 1), 32, 64, Swizzle.B128, (0, 8, 1, 1)),
+    "64-byte swizzle": TmaCase((2, 40, 3, 32), (40 * 96, 96, 32, 1), 32, 32, Swizzle.B64, (0, 8, 2, 0)),
     "32-byte swizzle": TmaCase((1, 40, 1, 16), (640, 16, 16, 1), 40, 16, Swizzle.B32, (0, 0, 0, 0)),
     "no swizzle": TmaCase((1, 40, 2, 24), (1920, 48, 24, 1), 8, 24, Swizzle.NONE, (0, 3, 1, 0)),
-    "rows past the end": TmaCase(
-        (1, 40, 1, 64), (2560, 64, 64, 1), 32, 64, Swizzle.B128, (0, 30, 0, 0)
-    ),
-    "rows before the start": TmaCase(
-        (1, 40, 1, 64), (2560, 64, 64, 1), 32, 64, Swizzle.B128, (0, -5, 0, 0)
-    ),
-    "columns past the head dim": TmaCase(
-        (1, 40, 2, 40), (3200, 80, 40, 1), 32, 64, Swizzle.B128, (0, 4, 1, 0)
-    ),
-    "second column group": TmaCase(
-        (1, 40, 2, 104), (8320, 208, 104, 1), 16, 64, Swizzle.B128, (64, 4, 1, 0)
-    ),
+    "rows past the end": TmaCase((1, 40, 1, 64), (2560, 64, 64, 1), 32, 64, Swizzle.B128, (0, 30, 0, 0)),
+    "rows before the start": TmaCase((1, 40, 1, 64), (2560, 64, 64, 1), 32, 64, Swizzle.B128, (0, -5, 0, 0)),
+    "columns past the head dim": TmaCase((1, 40, 2, 40), (3200, 80, 40, 1), 32, 64, Swizzle.B128, (0, 4, 1, 0)),
+    "second column group": TmaCase((1, 40, 2, 104), (8320, 208, 104, 1), 16, 64, Swizzle.B128, (64, 4, 1, 0)),
     "wholly outside": TmaCase((1, 40, 1, 64), (2560, 64, 64, 1), 8, 64, Swizzle.B128, (0, 0, 0, 1)),
-    "any strides of dimensions of size 1": TmaCase(
-        (1, 40, 1, 64), (7, 72, 13, 1), 16, 64, Swizzle.B128, (0, 1, 0, 0)
-    ),
-    "heads outside rows": TmaCase(
-        (2, 24, 3, 64), (24 * 192, 64, 24 * 64, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)
-    ),
-    "one key for all heads": TmaCase(
-        (2, 24, 3, 64), (24 * 64, 64, 0, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)
-    ),
+    "any strides of dimensions of size 1": TmaCase((1, 40, 1, 64), (7, 72, 13, 1), 16, 64, Swizzle.B128, (0, 1, 0, 0)),
+    "heads outside rows": TmaCase((2, 24, 3, 64), (24 * 192, 64, 24 * 64, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)),
+    "one key for all heads": TmaCase((2, 24, 3, 64), (24 * 64, 64, 0, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)),
 }
 
 

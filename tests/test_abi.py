@@ -24,8 +24,7 @@ def compiled(tmp_path_factory):
         lines.append(f'printf("{struct.__name__} . %zu %zu\\n", sizeof({name}), alignof({name}));')
         for field, _ in struct._fields_:
             lines.append(
-                f'printf("{struct.__name__} {field} %zu %zu\\n", '
-                f"offsetof({name}, {field}), sizeof({name}::{field}));"
+                f'printf("{struct.__name__} {field} %zu %zu\\n", offsetof({name}, {field}), sizeof({name}::{field}));'
             )
     lines.append('printf("constants . %d %d\\n", FMHA_ABI, fmha::kUnlimited);\n}')
     (folder / "abi.cpp").write_text("\n".join(lines))

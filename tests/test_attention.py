@@ -60,9 +60,7 @@ def test_varlen_with_empty_sequences():
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lens_q, lens_k))
     q, k, v = (t[0] for t in qkv(1, sum(lens_q), sum(lens_k), 4, 2, 32))
     v = torch.randn(sum(lens_k), 2, 32).to(q.dtype)
-    out, lse = fmha.attention_varlen(
-        q, k, v, cu_q, cu_k, 80, 130, causal=True, return_lse=True, device="emulator"
-    )
+    out, lse = fmha.attention_varlen(q, k, v, cu_q, cu_k, 80, 130, causal=True, return_lse=True, device="emulator")
     ref, ref_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, causal=True)
     assert lse.shape == (4, sum(lens_q))
     assert close(out, ref, q.dtype)
@@ -135,9 +133,7 @@ def test_merge_states_of_a_split_is_the_whole():
     q, k, v = qkv(2, 17, 96, 4, 2, 64, dtype=torch.float16)
     whole, lse = fmha.attention(q, k, v, return_lse=True, device="emulator")
     cuts = [slice(0, 10), slice(10, 96)]
-    parts = [
-        fmha.attention(q, k[:, c], v[:, c], return_lse=True, device="emulator") for c in cuts
-    ]
+    parts = [fmha.attention(q, k[:, c], v[:, c], return_lse=True, device="emulator") for c in cuts]
     out, merged = fmha.merge_states([p[0] for p in parts], [p[1] for p in parts])
     assert (out.float() - whole.float()).abs().max() < 2e-3
     assert (merged - lse).abs().max() < 1e-4

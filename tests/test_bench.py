@@ -57,9 +57,7 @@ def test_flops_are_four_b_h_s_s_d_and_half_of_it_for_causal() -> None:
 
 @pytest.mark.parametrize("window", [(3, 0), (0, 0), (5, 7), (None, 2), (4, None), (99, 99)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_window_counts_the_pairs_of_its_band(
-    window: tuple[int | None, int | None], causal: bool
-) -> None:
+def test_a_window_counts_the_pairs_of_its_band(window: tuple[int | None, int | None], causal: bool) -> None:
     n = 23
     left, right = (math.inf if x is None else x for x in band(causal, window))
     want = sum(-left <= j - i <= right for i in range(n) for j in range(n))
@@ -121,9 +119,7 @@ def test_a_backend_that_refuses_says_why() -> None:
 
 
 @pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.05, False)])
-def test_a_wrong_result_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, factor: float, agrees: bool
-) -> None:
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, factor: float, agrees: bool) -> None:
     def ours(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Runnable:
         return Runnable(lambda: attention(q, k, v, causal=cell.causal)[0].to(q.dtype) * factor)
 

@@ -84,9 +84,7 @@ class TestWithAPretendedCompiler:
         assert manifest.find(SMALL) is None
         assert not leftovers(self.cache)
 
-    def test_sources_edited_meanwhile_are_not_mistaken_for_the_compiled_ones(
-        self, tmp_path, monkeypatch
-    ):
+    def test_sources_edited_meanwhile_are_not_mistaken_for_the_compiled_ones(self, tmp_path, monkeypatch):
         header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "mask.cuh"
         text = self.nvcc.path.read_text()
         self.nvcc.path.write_text(text.replace("(echo", f'echo "// edited" >> {header}\n(echo'))
@@ -185,9 +183,7 @@ class TestWithAPretendedCompiler:
     def test_variables_that_would_change_flags_do_not_reach_nvcc(self, monkeypatch):
         monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
         text = self.nvcc.path.read_text()
-        self.nvcc.path.write_text(
-            text.replace("(echo", 'test -z "$NVCC_APPEND_FLAGS" || exit 3\n(echo')
-        )
+        self.nvcc.path.write_text(text.replace("(echo", 'test -z "$NVCC_APPEND_FLAGS" || exit 3\n(echo'))
         assert build.build([SMALL])[0].status == "built"
 
     def test_ptx_is_kept_for_machines_without_nvcc(self, monkeypatch):
@@ -268,9 +264,7 @@ class TestFindingTheCompiler:
         ("part", "version", "word"),
         [("nvvm", "13.5.37", r"13\.5"), ("nvvm", None, "missing"), ("cuda_cccl", None, "missing")],
     )
-    def test_a_mixed_toolkit_from_the_index(
-        self, fake_nvcc, tmp_path, monkeypatch, part, version, word
-    ):
+    def test_a_mixed_toolkit_from_the_index(self, fake_nvcc, tmp_path, monkeypatch, part, version, word):
         self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, **{part: version})
         remedy = re.escape("--force-reinstall 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.*'")
         with pytest.raises(ToolchainError, match=rf"{part} {word}.*pip install {remedy}"):
@@ -297,9 +291,7 @@ def test_instruction_mix():
         /*0010*/              @!P0 HMMA.16816.F32 R4, R8, R2, R4 ;
         /*00a0*/                   HMMA.16816.F32 R4, R8, R2, R4 ;
     """
-    ptx = (
-        "\t.reg .pred %p<2>;\n\tmma.sync.aligned.m16n8k16 {%f1};\n\t@%p1 bra \t$L__BB0_2;\n\tret;\n"
-    )
+    ptx = "\t.reg .pred %p<2>;\n\tmma.sync.aligned.m16n8k16 {%f1};\n\t@%p1 bra \t$L__BB0_2;\n\tret;\n"
     assert build.instruction_mix(sass) == {"LDC": 1, "HMMA": 2}
     assert build.instruction_mix(ptx) == {"mma": 1, "bra": 1, "ret": 1}
 

@@ -225,9 +225,7 @@ def test_build(own_cache, fake_nvcc):
     result = fmha("build", SMALL, "fmha_fwd_sm80_fp16_d32")
     assert result.exit_code == 0
     assert names(result) == ["ok", "ok"]
-    assert re.search(
-        r"built 2 of 2 in [\d.]+ s \(\d+ workers\) · largest .* · spills 0", result.stderr
-    )
+    assert re.search(r"built 2 of 2 in [\d.]+ s \(\d+ workers\) · largest .* · spills 0", result.stderr)
     again = fmha("build", SMALL, "--json")
     (item,) = json.loads(again.stdout)["items"]
     assert item["status"] == "up to date"
@@ -374,9 +372,7 @@ def test_the_default_arch_is_the_gpus(hopper, monkeypatch):
     assert names(result) == ["FAIL", "FAIL"]
     asked.clear()
     fmha("verify", "--arch", "sm80", "--head-dim", "64", "--via", "ptx", "--device", "cuda:1")
-    assert {(spec.arch, device, via) for spec, device, via in asked} == {
-        (Arch.SM80, "cuda:1", "ptx")
-    }
+    assert {(spec.arch, device, via) for spec, device, via in asked} == {(Arch.SM80, "cuda:1", "ptx")}
     assert "fmha_fwd_sm90_bf16_d64" in fmha("explain", "d=64", "dtype=bf16").stdout
 
 
@@ -410,9 +406,7 @@ def test_verify_reports_failure(monkeypatch):
     from fmha_runtime import launch
 
     run = launch.run
-    monkeypatch.setattr(
-        launch, "run", lambda *args, **options: run(*args, **{**options, "causal": False})
-    )
+    monkeypatch.setattr(launch, "run", lambda *args, **options: run(*args, **{**options, "causal": False}))
     result = fmha("verify", SMALL, "--device", "emulator", "--quick")
     assert result.exit_code == 1
     assert "FAIL" in result.stdout

@@ -51,9 +51,7 @@ def test_errors_are_those_of_the_package():
     section = README.partition("## When it says no")[2].partition("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     raised = {
-        name
-        for name, value in vars(errors).items()
-        if isinstance(value, type) and issubclass(value, errors.FmhaError)
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.FmhaError)
     }
     # The base class, and what only who builds or debugs kernels meets.
     assert set(named) == raised - {"FmhaError", "BuildError", "EmulatorFault"}

@@ -38,9 +38,7 @@ def test_fresh_shared_memory_must_not_be_read() -> None:
 
 
 def test_half_written_chunk_must_not_be_read() -> None:
-    expect(
-        fault("if (t == 0) { st_shared_u32(smem, 1); ld_shared_v4(smem); }"), "nobody has written"
-    )
+    expect(fault("if (t == 0) { st_shared_u32(smem, 1); ld_shared_v4(smem); }"), "nobody has written")
 
 
 @pytest.mark.parametrize(
@@ -99,9 +97,7 @@ def test_global_memory_has_bounds(access: str, wrapper: str, at: int) -> None:
 
 
 def test_a_vector_must_not_hang_over_the_end_of_a_buffer() -> None:
-    expect(
-        fault("ld_global_v4(in + 4);", [buffer(64)[:7]]), "byte offset 16 of buffer 0", "28 bytes"
-    )
+    expect(fault("ld_global_v4(in + 4);", [buffer(64)[:7]]), "byte offset 16 of buffer 0", "28 bytes")
 
 
 def test_global_memory_has_alignment() -> None:
@@ -274,8 +270,7 @@ def test_launches_that_no_gpu_would_start() -> None:
 
 def test_the_parameter_block_is_aligned() -> None:
     kernel = emulator.load_source(
-        "#include <ptx/common.cuh>\nstruct alignas(64) P { int x; };\n"
-        "FMHA_KERNEL(probe, P, 32, 1) { (void)params; }",
+        "#include <ptx/common.cuh>\nstruct alignas(64) P { int x; };\nFMHA_KERNEL(probe, P, 32, 1) { (void)params; }",
         "probe",
     )
     raw = ctypes.create_string_buffer(256)
@@ -286,9 +281,7 @@ def test_the_parameter_block_is_aligned() -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "4"])
-def test_a_fault_in_one_of_many_ctas_ends_the_launch(
-    workers: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_in_one_of_many_ctas_ends_the_launch(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FMHA_EMULATOR_THREADS", workers)
     expect(fault("if (block_idx() == 11) ld_shared_v4(smem + t * 16);", grid=12), "CTA 11,")
 
@@ -308,9 +301,7 @@ def test_a_kernel_runs_again_after_a_fault() -> None:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FMHA_HOST_CXX", "no-such-compiler")
-    with pytest.raises(
-        ToolchainError, match=r"no-such-compiler.*not found; install.*FMHA_HOST_CXX"
-    ):
+    with pytest.raises(ToolchainError, match=r"no-such-compiler.*not found; install.*FMHA_HOST_CXX"):
         run("")
 
 

@@ -37,9 +37,7 @@ LOOP_TOP = r"(while \(n_block >= range\.begin\) \{\s*)"
 WAIT = r"(cp_async_wait<Traits::kStages - 2>\(\);\s*)"
 
 MUTANTS = {
-    "main loop without its wait": Mutant(
-        "fwd_sm80.cuh", LOOP_TOP + WAIT, r"\1", "while a cp_async_16 .* in flight"
-    ),
+    "main loop without its wait": Mutant("fwd_sm80.cuh", LOOP_TOP + WAIT, r"\1", "while a cp_async_16 .* in flight"),
     "main loop waits for one group too few": Mutant(
         "fwd_sm80.cuh",
         LOOP_TOP + WAIT,
@@ -52,9 +50,7 @@ MUTANTS = {
         r"\1\2",
         "race|in flight|nobody has written",
     ),
-    "copies never committed": Mutant(
-        "fwd_sm80.cuh", r"\bcp_async_commit\(\);", "", "while a cp_async_16 .* in flight"
-    ),
+    "copies never committed": Mutant("fwd_sm80.cuh", r"\bcp_async_commit\(\);", "", "while a cp_async_16 .* in flight"),
     "next tile lands on the one being read": Mutant(
         "fwd_sm80.cuh",
         r"const int free_stage = [^;]*;",
@@ -93,9 +89,7 @@ MUTANTS = {
         "ld_global_s32: .* byte offset",
         "fmha_fwd_sm90_bf16_d64_paged",
     ),
-    "K is read where V lies": Mutant(
-        "fwd_sm80.cuh", r"address\.k \+ stage_offset", "address.v + stage_offset", ""
-    ),
+    "K is read where V lies": Mutant("fwd_sm80.cuh", r"address\.k \+ stage_offset", "address.v + stage_offset", ""),
 }
 
 
@@ -103,15 +97,10 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor, to
     """Two query tiles, four KV tiles, neither full."""
     generator = torch.Generator().manual_seed(0)
     dim = spec.head_dim
-    q, k, v = (
-        torch.randn(1, rows, 1, dim, generator=generator).to(torch.bfloat16)
-        for rows in (130, 200, 200)
-    )
+    q, k, v = (torch.randn(1, rows, 1, dim, generator=generator).to(torch.bfloat16) for rows in (130, 200, 200))
     options: dict[str, Any] = {}
     if spec.kv is KvLayout.PAGED:
-        k, v = (
-            torch.cat([x, x[:, :8]], 1).view(13, 16, 1, dim) for x in (k, v)
-        )  # 12 pages and a half
+        k, v = (torch.cat([x, x[:, :8]], 1).view(13, 16, 1, dim) for x in (k, v))  # 12 pages and a half
         options["page_table"] = torch.arange(13, dtype=torch.int32)[None]
         options["seqused_k"] = torch.tensor([200], dtype=torch.int32)
     out, lse = launch.run(kernel, spec, q, k, v, causal=True, return_lse=True, **options)

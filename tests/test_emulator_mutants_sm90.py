@@ -87,9 +87,7 @@ MUTANTS = {
         r"(fence_async_shared\(\);\s*)sync_warp\(\);", r"\1", "wgmma: race at .* wrote with no"
     ),
     "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ at, [^;]*;", "", ""),
-    "products without a fence": mutant(
-        FENCE_STEP, r"\1", "was written by ordinary code after the latest wgmma_fence"
-    ),
+    "products without a fence": mutant(FENCE_STEP, r"\1", "was written by ordinary code after the latest wgmma_fence"),
     "O is rescaled while it is accumulated": mutant(
         WAIT_PV,
         "softmax.rescale(o, shrink); wgmma_wait<0>();\n",
@@ -98,9 +96,7 @@ MUTANTS = {
     "P is rewritten while it is read": mutant(
         WAIT_PV, "pack_probs(); wgmma_wait<0>();\n", "a register of operand A was rewritten"
     ),
-    "a product is never committed": mutant(
-        r"(1\);\s*\}\s*)wgmma_commit\(\);", r"\1", "in flight|a wgmma of warp"
-    ),
+    "a product is never committed": mutant(r"(1\);\s*\}\s*)wgmma_commit\(\);", r"\1", "in flight|a wgmma of warp"),
     "registers for everybody": mutant(
         r"registers_inc<Traits::kConsumerRegs>\(\);",
         "registers_inc<256>();",
@@ -123,8 +119,7 @@ def outputs(kernel: emulator.Kernel) -> torch.Tensor:
     """Two query tiles of two heads, three key tiles, the last one ragged and followed by NaN."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, rows, 2, SPEC.head_dim, generator=generator).to(torch.bfloat16)
-        for rows in (200, 390, 390)
+        torch.randn(1, rows, 2, SPEC.head_dim, generator=generator).to(torch.bfloat16) for rows in (200, 390, 390)
     )
     k[:, 300:] = v[:, 300:] = float("nan")
     used = torch.tensor([300], dtype=torch.int32)

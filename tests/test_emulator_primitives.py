@@ -131,9 +131,7 @@ def test_mma_reads_every_operand_value_exactly(element: str, dtype: torch.dtype)
 def test_pack2_rounds_to_nearest_even(element: str, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(7)
     any_bits = rng.integers(0, 2**32, 1 << 14, dtype=np.uint64).astype(np.uint32)
-    usual = (rng.standard_normal(1 << 13) * 2.0 ** rng.integers(-30, 18, 1 << 13)).astype(
-        np.float32
-    )
+    usual = (rng.standard_normal(1 << 13) * 2.0 ** rng.integers(-30, 18, 1 << 13)).astype(np.float32)
     ties = (np.arange(1 << 13, dtype=np.uint32) << 12) + 0x38000000
     edges = np.float32([0.0, -0.0, np.inf, -np.inf, 65504, 65519.9, 65520, 6e-8, 2.98e-8, 2.99e-8])
     x = np.concatenate([any_bits, usual.view(np.uint32), ties, edges.view(np.uint32)])
@@ -188,16 +186,12 @@ def test_tanh_is_as_coarse_as_the_gpu() -> None:
 
 def test_maths_special_values() -> None:
     inf, nan = np.inf, np.nan
-    np.testing.assert_array_equal(
-        run_maths("exp2_approx", np.array([-inf, inf, nan, 0, 1e-40])), [0, inf, nan, 1, 1]
-    )
+    np.testing.assert_array_equal(run_maths("exp2_approx", np.array([-inf, inf, nan, 0, 1e-40])), [0, inf, nan, 1, 1])
     np.testing.assert_array_equal(
         run_maths("log2_approx", np.array([0, 1e-40, inf, -1, nan])), [-inf, -inf, inf, nan, nan]
     )
     np.testing.assert_array_equal(run_maths("rcp_approx", np.array([0.0, inf, -inf])), [inf, 0, 0])
-    np.testing.assert_array_equal(
-        run_maths("tanh_approx", np.array([inf, -inf, nan])), [1, -1, nan]
-    )
+    np.testing.assert_array_equal(run_maths("tanh_approx", np.array([inf, -inf, nan])), [1, -1, nan])
 
 
 @pytest.mark.parametrize("order", list(Order))

@@ -251,13 +251,9 @@ def test_a_waiter_of_another_barrier_does_not_see_the_tile() -> None:
     bad = body.replace("FIRST", arrive).replace("SECOND", WAIT)
     assert re.search("in flight|which the copy engine filled", tma_fault(bad))
     # A thread that waits for a later tile has not thereby seen the earlier one.
-    other = LOAD.replace("smem, map, bar", "smem + 4096, map, bar + 8").replace(
-        "(bar,", "(bar + 8,"
-    )
+    other = LOAD.replace("smem, map, bar", "smem + 4096, map, bar + 8").replace("(bar,", "(bar + 8,")
     late = body.replace("FIRST", "").replace("SECOND", WAIT).replace(LOAD, LOAD + other)
-    expect(
-        tma_fault(late), "ld_shared_v4: race at", "which the copy engine filled for the mbarrier"
-    )
+    expect(tma_fault(late), "ld_shared_v4: race at", "which the copy engine filled for the mbarrier")
 
 
 # --- wgmma: numbers ---
@@ -494,9 +490,7 @@ def test_a_stage_is_refilled_only_when_all_warps_are_done_with_it(order: Order) 
     out = wgmma_run(kernel(wait, done + arrive), threads=256, order=order)
     assert (out[128:] == 64).all()
     text = wgmma_fault(kernel(wait, arrive + done), threads=256, order=order)
-    assert re.search(
-        "while a wgmma of warp . that reads it is in flight|a wgmma of warp . read", text
-    )
+    assert re.search("while a wgmma of warp . that reads it is in flight|a wgmma of warp . read", text)
     text = wgmma_fault(kernel("", done + arrive), threads=256, order=order)
     assert re.search("more arrivals than|in flight", text)
     one_warp = "if (t % 128 == 0) for (int j = 0; j < 4; ++j) mbarrier_arrive(empty);"

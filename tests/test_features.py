@@ -54,9 +54,7 @@ def test_alibi(dtype, options, sq, sk):
 def test_softcap(dtype, cap, scale):
     q, k, v = qkv(1, 70, 131, 4, 2, 64, dtype)
     out = agree(q, k, v, softcap=cap, scale=scale, causal=True)
-    assert not torch.equal(
-        out, fmha.attention(q, k, v, scale=scale, causal=True, device="emulator")
-    )
+    assert not torch.equal(out, fmha.attention(q, k, v, scale=scale, causal=True, device="emulator"))
 
 
 def test_softcap_of_enormous_scores_is_the_cap():
@@ -82,9 +80,7 @@ def test_rows_without_keys_keep_their_sink():
     out, lse = fmha.attention(q, k, v, sinks=sinks, causal=True, return_lse=True, device="emulator")
     assert (out[:, :5] == 0).all()
     assert (lse[0, :, :5] - sinks[:, None]).abs().max() < 1e-5
-    out, lse = fmha.attention(
-        q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True, device="emulator"
-    )
+    out, lse = fmha.attention(q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True, device="emulator")
     assert (out == 0).all() and (lse[0] - sinks[:, None]).abs().max() < 1e-5
 
 

@@ -49,9 +49,7 @@ def test_numbers(d, causal):
 def test_emulator_and_gpu_agree():
     q, k, v = qkv(b=1, sq=70, sk=90)
     gpu = fmha.attention(q, k, v, causal=True, return_lse=True)
-    cpu = fmha.attention(
-        q.cpu(), k.cpu(), v.cpu(), causal=True, return_lse=True, device="emulator:sm90"
-    )
+    cpu = fmha.attention(q.cpu(), k.cpu(), v.cpu(), causal=True, return_lse=True, device="emulator:sm90")
     assert (gpu[0].cpu().float() - cpu[0].float()).abs().max() < 1e-2
     assert (gpu[1].cpu() - cpu[1]).abs().max() < 1e-4
 
@@ -99,9 +97,7 @@ def test_loading_during_capture_is_refused_with_the_remedy():
         graph.capture_begin()
         try:
             with pytest.raises(DriverError, match="prepare"):
-                driver.load(
-                    image + b"\0", spec_of(q).name, 0, smem, None, torch.cuda.current_stream().cuda_stream
-                )
+                driver.load(image + b"\0", spec_of(q).name, 0, smem, None, torch.cuda.current_stream().cuda_stream)
         finally:
             q.add_(0)
             graph.capture_end()
@@ -190,7 +186,7 @@ def test_truncated_cubin_and_wrong_abi_are_artifact_errors():
     row = launch._built(spec)
     image = manifest.load_image(row)
     smem = catalog.smem_bytes(spec, catalog.tile(spec))
-    with pytest.raises(DriverError):
+    with pytest.raises(ArtifactError, match="truncated"):
         driver.load(image[: len(image) // 2], spec.name, 0, smem)
     with pytest.raises(ArtifactError, match="bytes of parameters"):
         driver.load(image + b"\0\0", spec.name, 0, smem, params_size=4)

@@ -71,9 +71,7 @@ def launch(tmp_path: Path) -> Launch:
         for i, word in enumerate(words):
             words[i] = moved.get(word, word)
         torch.cuda.synchronize()
-        kernel = driver.load(
-            (tmp_path / f"{name}.cubin").read_bytes(), name, 0, smem, ctypes.sizeof(params)
-        )
+        kernel = driver.load((tmp_path / f"{name}.cubin").read_bytes(), name, 0, smem, ctypes.sizeof(params))
         argument = (ctypes.c_void_p * 1)(slot)
         stream = torch.cuda.current_stream().cuda_stream
         kernel.launch(1, threads, smem, stream, ctypes.addressof(argument))
@@ -85,9 +83,7 @@ def launch(tmp_path: Path) -> Launch:
 
 
 @pytest.mark.parametrize("name", TMA_CASES)
-def test_the_copy_engine_and_the_emulator_fill_shared_memory_alike(
-    name: str, launch: Launch
-) -> None:
+def test_the_copy_engine_and_the_emulator_fill_shared_memory_alike(name: str, launch: Launch) -> None:
     case = TMA_CASES[name]
     kept = []
 
@@ -125,7 +121,6 @@ def test_wgmma_adds_to_its_accumulator(launch: Launch) -> None:
     start = np.random.default_rng(1).standard_normal((128, 16)).astype(np.float32)
     image, steps = tile_image(x.b, 64), mn_major_steps(0, 32, 64)
     got, want = (
-        run_wgmma(each, "Bf16", 32, image, steps, registers=a_registers(x.a), start=start)
-        for each in (launch, emulate)
+        run_wgmma(each, "Bf16", 32, image, steps, registers=a_registers(x.a), start=start) for each in (launch, emulate)
     )
     np.testing.assert_allclose(got, want, atol=1e-4)

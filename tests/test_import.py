@@ -90,11 +90,7 @@ def test_no_import_circle():
 
 @pytest.mark.parametrize("door", DOORS)
 def test_each_library_has_its_door(door):
-    users = {
-        module_name(path)
-        for path in FILES
-        if any(f"{name}.".startswith(f"{door}.") for name in imports(path)[1])
-    }
+    users = {module_name(path) for path in FILES if any(f"{name}.".startswith(f"{door}.") for name in imports(path)[1])}
     assert users <= DOORS[door]
 
 
@@ -115,9 +111,7 @@ def test_the_environment_is_read_in_config_only():
 
 
 def run(code, **options):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **options
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
 
 
 def test_import_touches_nothing(tmp_path):

@@ -25,13 +25,10 @@ def pools(layout, pages, page, heads, d, dv, dtype):
         both = torch.full((pages, 2, page, heads, max(d, dv)), nan, dtype=dtype)
         return both[:, 0, ..., :d], both[:, 1, ..., :dv]
     if layout == "hnd":
-        return tuple(
-            torch.full((pages, heads, page, x), nan, dtype=dtype).transpose(1, 2) for x in (d, dv)
-        )
+        return tuple(torch.full((pages, heads, page, x), nan, dtype=dtype).transpose(1, 2) for x in (d, dv))
     more = 3 if layout == "sliced" else 0
     return tuple(
-        torch.full((pages, page, heads + more, x + 8 * more), nan, dtype=dtype)[:, :, more:, :x]
-        for x in (d, dv)
+        torch.full((pages, page, heads + more, x + 8 * more), nan, dtype=dtype)[:, :, more:, :x] for x in (d, dv)
     )
 
 
@@ -112,9 +109,7 @@ def test_options(options):
     k, v, table, lengths = paged((130, 61, 257), 32, 2, 64)
     q = queries(3, 33, 4, 64)
     out = agree(q, k, v, lengths, table, **options)
-    plain = fmha.attention_with_kvcache(
-        q, k, v, cache_seqlens=lengths, page_table=table, device="emulator"
-    )
+    plain = fmha.attention_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table, device="emulator")
     assert not torch.equal(out, plain)
 
 
@@ -136,9 +131,7 @@ def test_a_dense_cache_and_one_length_for_all():
     want = fmha.attention(q, k, k, seqused_k=lengths, causal=True, device="emulator")
     k[:, 31:] = math.nan
     for length in (lengths, 31):
-        out = fmha.attention_with_kvcache(
-            q, k, k, cache_seqlens=length, causal=True, device="emulator"
-        )
+        out = fmha.attention_with_kvcache(q, k, k, cache_seqlens=length, causal=True, device="emulator")
         assert torch.equal(out, want)
 
 
@@ -163,9 +156,7 @@ def test_cpu_tensors_take_the_reference():
     q = queries(2, 3, 4, 64)
     options = {"cache_seqlens": lengths, "page_table": table, "causal": True}
     ours = fmha.attention_with_kvcache(q, k, v, device="emulator", **options)
-    assert (
-        ours.float() - fmha.attention_with_kvcache(q, k, v, **options).float()
-    ).abs().max() < 2e-2
+    assert (ours.float() - fmha.attention_with_kvcache(q, k, v, **options).float()).abs().max() < 2e-2
 
 
 def test_plan_of_a_paged_call():
@@ -179,7 +170,8 @@ def test_plan_of_a_paged_call():
 
 
 @given(
-    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=3), sq=st.integers(1, 80), page=st.sampled_from(PAGE_SIZES),
+    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=3), sq=st.integers(1, 80),
+    page=st.sampled_from(PAGE_SIZES),
     layout=st.sampled_from(LAYOUTS), window=st.tuples(st.none() | st.integers(0, 99), st.none() | st.integers(0, 99)),
     seed=st.integers(0, 99),
 )  # fmt: skip
@@ -226,9 +218,7 @@ def test_bad_input(change, message):
         "page_table": int32(2, 4), **change,
     }  # fmt: skip
     with pytest.raises(fmha.InputError, match=message):
-        fmha.attention_with_kvcache(
-            call.pop("q"), call.pop("k_cache"), call.pop("v_cache"), device="emulator", **call
-        )
+        fmha.attention_with_kvcache(call.pop("q"), call.pop("k_cache"), call.pop("v_cache"), device="emulator", **call)
 
 
 def test_page_sizes_are_named():

@@ -81,9 +81,7 @@ def test_a_damaged_ledger_is_refused_and_left_alone(tmp_path: Path, text: str) -
     assert file.read_text() == text
 
 
-def test_a_failed_write_leaves_the_old_ledger(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "verified.json"
     ledger.record([record()], file)
 
@@ -115,9 +113,7 @@ def test_only_a_gpu_record_of_the_present_source_and_tile_verifies() -> None:
 
 
 def test_the_status_says_why() -> None:
-    assert (
-        "cubin on Some GPU, 128 cases" in ledger.status(SPEC, [record(how="ptx"), record()]).reason
-    )
+    assert "cubin on Some GPU, 128 cases" in ledger.status(SPEC, [record(how="ptx"), record()]).reason
     moved = ledger.status(SPEC, [replace(record(), tile="16x16 w1 s2 c1")])
     assert "16x16 w1 s2 c1" in moved.reason and str(catalog.tile(SPEC)) in moved.reason
     edited = ledger.status(SPEC, [replace(record(), source_hash="f" * 64)])
@@ -128,9 +124,7 @@ def test_the_commit_is_that_of_git() -> None:
     if not (ROOT / ".git").exists():
         assert ledger.commit() is None
         return
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ledger.commit() == asked.stdout.strip()
 
 

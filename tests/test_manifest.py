@@ -254,9 +254,7 @@ class TestCommitted:
         assert text == manifest.manifest_text(self.rows)
 
     def test_every_row_is_current(self):
-        assert {row.spec.name: manifest.why_stale(row) for row in self.rows} == {
-            row.spec.name: "" for row in self.rows
-        }
+        assert {row.spec.name: manifest.why_stale(row) for row in self.rows} == {row.spec.name: "" for row in self.rows}
 
     def test_covers_the_catalogue(self):
         if not self.rows:

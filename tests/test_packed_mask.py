@@ -61,9 +61,7 @@ def test_blocks_without_a_bit_are_known():
     assert seen.tolist() == [[[[1, 0], [0, 2], [1 << 31, 0]]]]
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16]
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16])
 def test_any_dtype_packs_alike(dtype):
     mask = random_mask(2, 3, 5, 70)
     packed, want = fmha.pack_mask(mask.to(dtype)), fmha.pack_mask(mask)
@@ -114,9 +112,7 @@ def test_masks_of_batch_and_heads(shape, sq, sk):
     agree(q, k, v, random_mask(*shape, sq, sk))
 
 
-@pytest.mark.parametrize(
-    "d,dv", [(32, 32), (40, 40), (104, 104), (128, 128), (192, 128), (160, 160), (256, 256)]
-)
+@pytest.mark.parametrize("d,dv", [(32, 32), (40, 40), (104, 104), (128, 128), (192, 128), (160, 160), (256, 256)])
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm89"])
 def test_every_cut_reads_the_right_bits(d, dv, arch):
     q, k, v = qkv(1, 150, 203, 2, 1, d, dv)
@@ -190,9 +186,7 @@ def test_varlen(heads):
     k, v = (torch.randn(sum(lens_k), 2, 64).to(q.dtype) for _ in "kv")
     mask = random_mask(heads, sum(lens_q), 140)
     options = {"mask": mask, "causal": True}
-    out, lse = fmha.attention_varlen(
-        q, k, v, cu_q, cu_k, 129, 140, return_lse=True, device="emulator", **options
-    )
+    out, lse = fmha.attention_varlen(q, k, v, cu_q, cu_k, 129, 140, return_lse=True, device="emulator", **options)
     ref, ref_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **options)
     assert (out.double() - ref).norm() <= 3e-3 * ref.norm()
     assert torch.equal(lse.isinf(), ref_lse.isinf())
@@ -209,14 +203,10 @@ def test_a_tree_of_drafts_over_pages():
     mask = torch.cat([torch.ones(drafts, prefix, dtype=torch.bool), tree], 1)
     q, k, v = qkv(2, drafts, 112, 4, 2, 64)
     k[:, prefix + drafts :] = v[:, prefix + drafts :] = math.nan
-    pools = [
-        torch.cat([x[1].unflatten(0, (7, page)), x[0].unflatten(0, (7, page))]) for x in (k, v)
-    ]
+    pools = [torch.cat([x[1].unflatten(0, (7, page)), x[0].unflatten(0, (7, page))]) for x in (k, v)]
     table = torch.tensor([[*range(7, 14)], [*range(7)]], dtype=torch.int32)
     used = torch.full((2,), prefix + drafts, dtype=torch.int32)
-    out = fmha.attention_with_kvcache(
-        q, *pools, cache_seqlens=used, page_table=table, mask=mask, device="emulator"
-    )
+    out = fmha.attention_with_kvcache(q, *pools, cache_seqlens=used, page_table=table, mask=mask, device="emulator")
     ref, _ = reference.attention(q, k, v, seqused_k=used, mask=mask)
     assert (out.double() - ref).norm() <= 3e-3 * ref.norm()
     on_cpu = fmha.attention_with_kvcache(q, *pools, cache_seqlens=used, page_table=table, mask=mask)
@@ -257,13 +247,9 @@ def test_dense_and_varlen_masks_are_not_confused():
     q, k, v = qkv(1, 8, 8, 4, 2, 64)
     cu = torch.tensor([0, 8], dtype=torch.int32)
     with pytest.raises(fmha.InputError, match="for dense queries"):
-        fmha.attention(
-            q, k, v, mask=fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu), device="emulator"
-        )
+        fmha.attention(q, k, v, mask=fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu), device="emulator")
     with pytest.raises(fmha.InputError, match="for varlen queries"):
-        fmha.attention_varlen(
-            q[0], k[0], v[0], cu, cu, 8, 8, mask=fmha.pack_mask(torch.ones(8, 8)), device="emulator"
-        )
+        fmha.attention_varlen(q[0], k[0], v[0], cu, cu, 8, 8, mask=fmha.pack_mask(torch.ones(8, 8)), device="emulator")
     with pytest.raises(fmha.InputError, match="needs cu_seqlens_q"):
         fmha.unpack_mask(fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu))
     with pytest.raises(fmha.InputError, match=r"varlen needs \[Tq, columns\]"):

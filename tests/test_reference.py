@@ -42,9 +42,7 @@ def drawing(sq: int, sk: int, **options: Any) -> list[str]:
     return ["".join("#" if w > 0 else "." for w in row) for row in out[0, :, 0].tolist()]
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1, 8, 8), (2, 37, 53, 6, 2, 40, 24), (3, 19, 5, 8, 1, 72, 72)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 8, 8), (2, 37, 53, 6, 2, 40, 24), (3, 19, 5, 8, 1, 72, 72)])
 def test_full_attention_is_that_of_torch(shape: tuple[int, ...]) -> None:
     q, k, v = problem(*shape)
     out, _ = reference.attention(q, k, v)

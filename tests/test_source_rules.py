@@ -32,9 +32,7 @@ def test_there_are_headers_and_nothing_else():
 @pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
 def test_header(path):
     text = path.read_text()
-    assert text.startswith("// SPDX-License-Identifier: Apache-2.0\n//"), (
-        "licence, then what lives here"
-    )
+    assert text.startswith("// SPDX-License-Identifier: Apache-2.0\n//"), "licence, then what lives here"
     assert text.count("#pragma once") == 1
     bare = code(path)
     # Symbols of an anonymous namespace and of statics carry a hash of the file's path.
@@ -56,11 +54,7 @@ def test_static_assertions_are_sentences(path):
 
 def test_every_header_is_reached_by_a_kernel():
     """Wrappers of instructions may be there before the kernel that needs them."""
-    reached = {
-        path
-        for spec in catalog.enumerate_specs()
-        for path in sources.include_closure(sources.header(spec))
-    }
+    reached = {path for spec in catalog.enumerate_specs() for path in sources.include_closure(sources.header(spec))}
     assert reached >= {path.resolve() for path in HEADERS if path.parent == ROOT}
 
 
@@ -86,9 +80,7 @@ def test_moving_text_between_files_changes_the_hash(tmp_path, monkeypatch):
     assert sources.source_hash(SPEC) != first
 
 
-@pytest.mark.parametrize(
-    "line", ["#include <cuda_fp16.h>", "#include HEADER", "#  include <vector>  // why not"]
-)
+@pytest.mark.parametrize("line", ["#include <cuda_fp16.h>", "#include HEADER", "#  include <vector>  // why not"])
 def test_an_include_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, line):
     root = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha"
     with (root / "mask.cuh").open("a") as file:

@@ -20,10 +20,7 @@ SM_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
 def test_catalogue_is_every_dtype_and_head_dim_of_every_arch():
     assert len(SPECS) == 5 * 2 * 13 * 8 + 2 * 13 * 3  # sm90a has bands of contiguous K and V
     assert {(s.arch, s.dtype, s.head_dim, s.head_dim_v) for s in SPECS} == {
-        (arch, dtype, *dims)
-        for arch in Arch
-        for dtype in (DType.FP16, DType.BF16)
-        for dims in HEAD_DIMS
+        (arch, dtype, *dims) for arch in Arch for dtype in (DType.FP16, DType.BF16) for dims in HEAD_DIMS
     }
     assert [s.name for s in SPECS] == sorted({s.name for s in SPECS})
 
@@ -101,9 +98,7 @@ def test_a_tile_that_does_not_fit_is_refused_with_the_numbers():
         catalog.smem_bytes(spec, Tile(64, 64, 4, 2, 1))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "128x64", "100x64 w4 s2 c1", "64x24 w4 s2 c1", "64x64 w4 s1 c1"]
-)
+@pytest.mark.parametrize("text", ["", "128x64", "100x64 w4 s2 c1", "64x24 w4 s2 c1", "64x64 w4 s1 c1"])
 def test_impossible_tiles_are_refused(text):
     with pytest.raises(InputError, match="tile"):
         Tile.parse(text)

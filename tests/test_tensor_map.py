@@ -123,9 +123,7 @@ def test_addresses_are_checked_before_anything_is_encoded(encode, slot) -> None:
         encode(changed(), 0x1000, slot + 16)
 
 
-@pytest.mark.parametrize(
-    "replace", [tensor_map.replace_address, tensor_map.replace_address_emulated]
-)
+@pytest.mark.parametrize("replace", [tensor_map.replace_address, tensor_map.replace_address_emulated])
 def test_a_replaced_address_is_checked(replace, slot) -> None:
     with pytest.raises(InputError, match="starts at address 0x1008"):
         replace(slot, 0x1008)

@@ -153,9 +153,7 @@ def test_softcap_reaches_the_call(name):
     check(make, name, input_ids=tokens(2, 11))
     plain = decoder(name, "Gemma2", attn_logit_softcapping=None, query_pre_attn_scalar=1)
     capped = make(name)
-    difference = worst(
-        hidden(capped, input_ids=tokens(2, 11)), hidden(plain, input_ids=tokens(2, 11))
-    )
+    difference = worst(hidden(capped, input_ids=tokens(2, 11)), hidden(plain, input_ids=tokens(2, 11)))
     assert difference > 0.01
 
 
@@ -235,9 +233,7 @@ def test_two_sided_window_over_padding_is_refused():
 
 
 def test_signature_of_transformers_4():
-    mask = adapter.band_mask(
-        batch_size=2, cache_position=torch.arange(6, 9), kv_length=16, kv_offset=0
-    )
+    mask = adapter.band_mask(batch_size=2, cache_position=torch.arange(6, 9), kv_length=16, kv_offset=0)
     assert (mask.q_length, mask.right) == (3, 0)
     assert mask.seqused_k.tolist() == [9, 9]
 

@@ -30,9 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def right(
-    q: Any, k: Any, v: Any, *, out: Any = None, return_lse: bool = False, **options: Any
-) -> Any:
+def right(q: Any, k: Any, v: Any, *, out: Any = None, return_lse: bool = False, **options: Any) -> Any:
     """What a kernel does, in float32 and rounded once at the end."""
     cu_q, cu_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
     options = {key: x for key, x in options.items() if not key.startswith("max_seqlen")}
@@ -42,9 +40,7 @@ def right(
         full, lse = reference.attention(q, k, v, **options, compute_dtype=torch.float32)
         out.copy_(full)
     else:
-        full, lse = reference.attention_varlen(
-            q, k, v, cu_q, cu_k, **options, compute_dtype=torch.float32
-        )
+        full, lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **options, compute_dtype=torch.float32)
         rows = int(cu_q[-1])  # tokens after the last sequence are not written
         out[:rows] = full[:rows].to(out.dtype)
     return (out, lse) if return_lse else out
@@ -300,9 +296,7 @@ def test_cases_too_large_for_the_emulator_are_skipped_and_said() -> None:
 
 
 def test_only_a_complete_passing_report_is_recorded() -> None:
-    results = tuple(
-        CaseResult(c, "ok", max_error=1.0, allowed=2.0, rel_l2=2e-3) for c in cases(SPEC)
-    )
+    results = tuple(CaseResult(c, "ok", max_error=1.0, allowed=2.0, rel_l2=2e-3) for c in cases(SPEC))
     complete = verify.Report(SPEC, "emulator", "cubin", True, results)
     record = verify.to_record(complete)
     assert (record.name, record.how, record.cases) == (SPEC.name, "emulator", len(results))

@@ -35,17 +35,10 @@ def support(root: Path) -> str:
     for words_of in sets:
         alike: dict[tuple[str, ...], list[str]] = {}  # head dims whose cells are the same share a row
         for d, dv in HEAD_DIMS:
-            specs = [
-                s
-                for s in everything
-                if (s.head_dim, s.head_dim_v) == (d, dv) and features(s) == words_of
-            ]
+            specs = [s for s in everything if (s.head_dim, s.head_dim_v) == (d, dv) and features(s) == words_of]
             cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
             alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
-        rows += [
-            [", ".join(dims), " ".join(words_of) or "plain", *cells]
-            for cells, dims in alike.items()
-        ]
+        rows += [[", ".join(dims), " ".join(words_of) or "plain", *cells] for cells, dims in alike.items()]
     devices = sorted({r.device for r in records if r.on_gpu})
     legend = (
         "Every kernel exists in fp16 and bf16. **cubin**: this cubin passed `fmha verify` on a "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies whole archs with several processes and writes the ledger once, at the end.
 
-``fmha verify --record`` is the same for a few kernels; this is for all of them on a lent GPU. Each arch goes its way:
-``sm90=cubin`` loads the built cubins, ``sm80=ptx`` lets the driver's JIT finish the PTX, ``sm120=emulator`` needs no GPU.
-Exit code 1 when a kernel failed; what passed is recorded all the same.
+``fmha verify --record`` is the same for a few kernels; this is for all of them on a lent GPU. Each arch goes its
+way: ``sm90=cubin`` loads the built cubins, ``sm80=ptx`` lets the driver's JIT finish the PTX, ``sm120=emulator`` needs
+no GPU. Exit code 1 when a kernel failed; what passed is recorded all the same.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def one(spec: KernelSpec, way: str) -> tuple[str, ledger.Record | None]:
     torch.set_num_threads(1)
     device = "emulator" if way == "emulator" else "cuda:0"
     try:
-        report = verify.verify_kernel(
-            spec, device=device, via="cubin" if way == "emulator" else way
-        )
+        report = verify.verify_kernel(spec, device=device, via="cubin" if way == "emulator" else way)
     except FmhaError as error:
         return f"FAIL  {spec.name}  {error}", None
     text = "\n".join(report.lines())
@@ -75,9 +73,7 @@ def main(archs: tuple[str, ...], jobs: int, seconds: float) -> None:
     ledger.record(records)
     missing = len(wanted) - len(records) - failed
     took = time.monotonic() - start
-    click.echo(
-        f"{len(records)} of {len(wanted)} verified, {failed} failed, {missing} not run, {took:.0f} s"
-    )
+    click.echo(f"{len(records)} of {len(wanted)} verified, {failed} failed, {missing} not run, {took:.0f} s")
     raise SystemExit(1 if failed or missing else 0)
 
 

@@ -246,17 +246,12 @@ def _forward(
     for argument, what in _REFUSED.items():
         given = kwargs.get(argument)
         if given is not None and given is not False:
-            raise UnsupportedProblem(
-                f"{what} ({argument}=) is not computed by these kernels: {_EAGER}"
-            )
+            raise UnsupportedProblem(f"{what} ({argument}=) is not computed by these kernels: {_EAGER}")
     if dropout:
-        raise UnsupportedProblem(
-            f"dropout {dropout} is not computed by these kernels: call model.eval(), or {_EAGER}"
-        )
+        raise UnsupportedProblem(f"dropout {dropout} is not computed by these kernels: call model.eval(), or {_EAGER}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise UnsupportedProblem(
-            f"these kernels have no backward pass: wrap the call in torch.no_grad(), or {_EAGER} "
-            "for training"
+            f"these kernels have no backward pass: wrap the call in torch.no_grad(), or {_EAGER} for training"
         )
     if query.dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedProblem(

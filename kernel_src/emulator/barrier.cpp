@@ -21,16 +21,14 @@ static Mbarrier& find(Thread* thread, Op op, uint32_t bar) {
     const uint32_t offset = checked_offset(thread, op, bar, 8, 8);
     for (Mbarrier& barrier : cta->mbarriers) {
         if (barrier.offset != offset) continue;
-        if (barrier.init_thread != thread->index &&
-            thread->knows[barrier.init_thread] < barrier.init_clock)
+        if (barrier.init_thread != thread->index && thread->knows[barrier.init_thread] < barrier.init_clock)
             fault(thread, op,
                   "the mbarrier at offset 0x%x was initialised by thread %u with nothing in "
                   "between that orders the two",
                   offset, barrier.init_thread);
         return barrier;
     }
-    fault(thread, op, "there is no mbarrier at shared memory offset 0x%x: nobody initialised one",
-          offset);
+    fault(thread, op, "there is no mbarrier at shared memory offset 0x%x: nobody initialised one", offset);
 }
 
 uint32_t mbarrier_for_copy(Thread* thread, uint32_t bar, uint32_t bytes) {
@@ -44,8 +42,7 @@ uint32_t mbarrier_for_copy(Thread* thread, uint32_t bar, uint32_t bytes) {
         fault(thread, Op::kTmaLoad,
               "brings %u bytes more to phase %u of the mbarrier at offset 0x%x, which expects no "
               "further arrival and %llu bytes, %llu of them under way",
-              bytes, barrier.phase, barrier.offset,
-              static_cast<unsigned long long>(barrier.expected),
+              bytes, barrier.phase, barrier.offset, static_cast<unsigned long long>(barrier.expected),
               static_cast<unsigned long long>(barrier.issued));
     barrier.issued += bytes;
     return static_cast<uint32_t>(&barrier - thread->cta->mbarriers.data());
@@ -103,23 +100,19 @@ static void arrive(Op op, uint32_t bar, uint32_t bytes) {
         fault(thread, op,
               "more arrivals than the mbarrier at offset 0x%x takes: all %u of phase %u are there "
               "and nobody has waited for its %llu bytes",
-              barrier.offset, barrier.count, barrier.phase,
-              static_cast<unsigned long long>(barrier.expected));
+              barrier.offset, barrier.count, barrier.phase, static_cast<unsigned long long>(barrier.expected));
     if (barrier.expected + bytes >= 1u << 20)
-        fault(thread, op, "more than 2^20 - 1 bytes announced at the mbarrier at offset 0x%x",
-              barrier.offset);
+        fault(thread, op, "more than 2^20 - 1 bytes announced at the mbarrier at offset 0x%x", barrier.offset);
     barrier.expected += bytes;
     release(thread, barrier.arrived);
-    if (--barrier.pending == 0 && barrier.expected == 0 && barrier.issued == 0)
-        complete(thread->cta, barrier);
+    if (--barrier.pending == 0 && barrier.expected == 0 && barrier.issued == 0) complete(thread->cta, barrier);
 }
 
 void mbarrier_arrive(uint32_t bar) { arrive(Op::kMbarrierArrive, bar, 0); }
 
 // The announced bytes are of copies that usually follow: the phase may be complete but for them.
 void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
-    if (bytes == 0)
-        fault(self(), Op::kMbarrierArriveExpect, "announces no bytes: mbarrier_arrive does that");
+    if (bytes == 0) fault(self(), Op::kMbarrierArriveExpect, "announces no bytes: mbarrier_arrive does that");
     arrive(Op::kMbarrierArriveExpect, bar, bytes);
 }
 
@@ -154,13 +147,11 @@ bool land_some_copies(Cta* cta) {
 }
 
 void describe_mbarrier(const Mbarrier& barrier, char* text, size_t bytes) {
-    int length =
-        snprintf(text, bytes, "the mbarrier at offset 0x%x, phase %u: %u of %u arrivals",
-                 barrier.offset, barrier.phase, barrier.count - barrier.pending, barrier.count);
+    int length = snprintf(text, bytes, "the mbarrier at offset 0x%x, phase %u: %u of %u arrivals", barrier.offset,
+                          barrier.phase, barrier.count - barrier.pending, barrier.count);
     if (barrier.expected != 0 || barrier.issued != 0)
         snprintf(text + length, bytes - static_cast<size_t>(length),
-                 ", %llu bytes announced and copies issued for %llu",
-                 static_cast<unsigned long long>(barrier.expected),
+                 ", %llu bytes announced and copies issued for %llu", static_cast<unsigned long long>(barrier.expected),
                  static_cast<unsigned long long>(barrier.issued));
 }
 
@@ -181,8 +172,8 @@ static bool arrive_named(Thread* thread, Op op, int barrier, int threads) {
     if (barrier < 1 || barrier >= static_cast<int>(kNamedBarriers))
         fault(thread, op, "barrier %d is not one of 1 to 15 (0 is sync_cta's)", barrier);
     if (threads <= 0 || threads % 32 != 0 || threads > static_cast<int>(cta->threads.size()))
-        fault(thread, op, "%d is not a positive multiple of 32 up to the CTA's %zu threads",
-              threads, cta->threads.size());
+        fault(thread, op, "%d is not a positive multiple of 32 up to the CTA's %zu threads", threads,
+              cta->threads.size());
     NamedBarrier& named = cta->named[barrier];
     if (named.arrived == 0) {
         named.threads = static_cast<uint32_t>(threads);
@@ -190,10 +181,8 @@ static bool arrive_named(Thread* thread, Op op, int barrier, int threads) {
         named.clocks.assign(2 * cta->components, 0);
     }
     if (named.threads != static_cast<uint32_t>(threads))
-        fault(thread, op, "barrier %d collects %u threads in this round, not %d", barrier,
-              named.threads, threads);
-    if (named.here[thread->index])
-        fault(thread, op, "arrives a second time in one round of barrier %d", barrier);
+        fault(thread, op, "barrier %d collects %u threads in this round, not %d", barrier, named.threads, threads);
+    if (named.here[thread->index]) fault(thread, op, "arrives a second time in one round of barrier %d", barrier);
     named.here[thread->index] = true;
     release(thread, named.clocks);
     if (++named.arrived < named.threads) return false;
@@ -209,8 +198,7 @@ static bool arrive_named(Thread* thread, Op op, int barrier, int threads) {
 void named_sync(int barrier, int threads) {
     Thread* thread = self();
     NamedBarrier* named = thread->cta->named + (barrier & 15);
-    if (arrive_named(thread, Op::kNamedSync, barrier, threads))
-        return acquire(thread, named->clocks);
+    if (arrive_named(thread, Op::kNamedSync, barrier, threads)) return acquire(thread, named->clocks);
     named->waiters.push_back(thread);
     thread->waits = Op::kNamedSync;
     thread->wait_on = static_cast<uint32_t>(barrier);
@@ -218,9 +206,7 @@ void named_sync(int barrier, int threads) {
     block(thread);
 }
 
-void named_arrive(int barrier, int threads) {
-    arrive_named(self(), Op::kNamedArrive, barrier, threads);
-}
+void named_arrive(int barrier, int threads) { arrive_named(self(), Op::kNamedArrive, barrier, threads); }
 
 // --- registers
 
@@ -236,11 +222,9 @@ static void set_registers(Op op, int count) {
         fault(thread, op, "%d registers are not a multiple of 8 from 24 to 256", count);
     meet(thread, op, [thread, op, count](Warp* warp) {
         const uint32_t wanted = static_cast<uint32_t>(count);
-        const uint32_t now =
-            warp->registers != 0 ? warp->registers : launch_registers(*thread->cta->kernel);
+        const uint32_t now = warp->registers != 0 ? warp->registers : launch_registers(*thread->cta->kernel);
         if (op == Op::kRegistersInc ? wanted < now : wanted > now)
-            fault(thread, op, "the warp has %u registers, so %u is the wrong direction", now,
-                  wanted);
+            fault(thread, op, "the warp has %u registers, so %u is the wrong direction", now, wanted);
         warp->registers = wanted;
     });
 }

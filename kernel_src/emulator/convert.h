@@ -13,8 +13,7 @@ struct FromFp16 {
         const uint32_t magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
         uint32_t normal = magnitude + (112u << 23);
         normal += exponent == 0x0f800000u ? 112u << 23 : 0;  // infinity and NaN
-        const uint32_t with_one =
-            normal + (1u << 23);  // subnormal: give it an implicit one and take it away again
+        const uint32_t with_one = normal + (1u << 23);  // subnormal: give it an implicit one and take it away again
         float subnormal;
         memcpy(&subnormal, &with_one, 4);
         subnormal -= 6.103515625e-05f;  // 2^-14

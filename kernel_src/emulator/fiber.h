@@ -65,18 +65,14 @@ fmha_emulator_switch:
 .size fmha_emulator_switch, . - fmha_emulator_switch
 .popsection
 )");
-extern "C" __attribute__((visibility("hidden"))) void fmha_emulator_switch(void** save,
-                                                                           void** load);
+extern "C" __attribute__((visibility("hidden"))) void fmha_emulator_switch(void** save, void** load);
 
-inline void switch_context(Context& from, Context& to) {
-    fmha_emulator_switch(&from.stack_pointer, &to.stack_pointer);
-}
+inline void switch_context(Context& from, Context& to) { fmha_emulator_switch(&from.stack_pointer, &to.stack_pointer); }
 
 // The first switch pops six registers and "returns" into entry, which must find the stack as after
 // a call.
 inline void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
-    void** top =
-        reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{63});
+    void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{63});
     top -= 8;
     for (int i = 0; i < 8; ++i) top[i] = nullptr;
     top[6] = reinterpret_cast<void*>(entry);
@@ -96,8 +92,7 @@ class Stacks {
         if (mapping_ == MAP_FAILED) throw std::bad_alloc();
         first_ = (reinterpret_cast<uintptr_t>(mapping_) + kBytes - 1) & ~(kBytes - 1);
         for (int i = 0; i < count; ++i)  // an overflow hits an unmapped page, not the neighbour
-            mprotect(reinterpret_cast<void*>(first_ + kBytes * i), sysconf(_SC_PAGESIZE),
-                     PROT_NONE);
+            mprotect(reinterpret_cast<void*>(first_ + kBytes * i), sysconf(_SC_PAGESIZE), PROT_NONE);
     }
     ~Stacks() { munmap(mapping_, kBytes * (count_ + 1)); }
     Stacks(const Stacks&) = delete;
@@ -107,8 +102,7 @@ class Stacks {
         const uintptr_t base = first_ + kBytes * index;
         Thread** slot = owner_slot(base);
         *slot = owner;
-        prepare_context(context, reinterpret_cast<char*>(base),
-                        reinterpret_cast<uintptr_t>(slot) - base, entry);
+        prepare_context(context, reinterpret_cast<char*>(base), reinterpret_cast<uintptr_t>(slot) - base, entry);
     }
 
     // The thread on whose stack the caller runs.

@@ -15,8 +15,7 @@ namespace emu {
 
 uint32_t checked_offset(Thread* thread, Op op, uint32_t addr, uint32_t bytes, uint32_t align) {
     const uint32_t offset = addr - kSmemBase, size = thread->cta->request->smem;
-    if (addr % align != 0)
-        fault(thread, op, "shared memory offset 0x%x is not aligned to %u bytes", offset, align);
+    if (addr % align != 0) fault(thread, op, "shared memory offset 0x%x is not aligned to %u bytes", offset, align);
     if (addr < kSmemBase || offset >= size || size - offset < bytes)
         fault(thread, op, "shared memory offset 0x%x (%d) is outside the CTA's %u bytes", offset,
               static_cast<int>(offset), size);
@@ -32,17 +31,14 @@ static void describe_writer(const Cta* cta, uint32_t component, char* text, size
                  cta->mbarriers[component - cta->mbarrier_component(0)].offset);
 }
 
-[[noreturn]] static void fault_race(Thread* thread, Op op, uint32_t offset, const char* what,
-                                    uint32_t warp) {
+[[noreturn]] static void fault_race(Thread* thread, Op op, uint32_t offset, const char* what, uint32_t warp) {
     const char* missing = !thread->cta->mbarriers.empty() ? "mbarrier, named barrier or sync_cta"
                           : warp == thread->index / 32    ? "sync_warp or sync_cta"
                                                           : "sync_cta";
-    fault(thread, op, "race at shared memory offset 0x%x, which %s with no %s in between", offset,
-          what, missing);
+    fault(thread, op, "race at shared memory offset 0x%x, which %s with no %s in between", offset, what, missing);
 }
 
-[[noreturn]] static void fault_unordered_write(Thread* thread, Op op, uint32_t offset,
-                                               uint32_t writer) {
+[[noreturn]] static void fault_unordered_write(Thread* thread, Op op, uint32_t offset, uint32_t writer) {
     char what[96];
     describe_writer(thread->cta, writer, what, sizeof(what));
     fault_race(thread, op, offset, what, writer / 32);
@@ -59,9 +55,8 @@ static void check_in_flight(Thread* thread, Op op, uint32_t offset, const char* 
     const Cta* cta = thread->cta;
     const Granule& granule = cta->shadow[offset / kGranule];
     if (granule.in_flight != 0)
-        fault(thread, op,
-              "%s shared memory offset 0x%x while a cp_async_16 of thread %u to it is in flight",
-              verb, offset, granule.in_flight - 1u);
+        fault(thread, op, "%s shared memory offset 0x%x while a cp_async_16 of thread %u to it is in flight", verb,
+              offset, granule.in_flight - 1u);
     if (granule.tile_in_flight != 0)
         fault(thread, op,
               "%s shared memory offset 0x%x while a tma_load_4d to it, for the mbarrier at offset "
@@ -70,8 +65,7 @@ static void check_in_flight(Thread* thread, Op op, uint32_t offset, const char* 
 }
 
 // Whether a read of the warp `w` is ordered before the thread.
-static bool read_is_ordered(const Thread* thread, uint32_t w, const Reads& reads,
-                            uint32_t* reader) {
+static bool read_is_ordered(const Thread* thread, uint32_t w, const Reads& reads, uint32_t* reader) {
     if (reads.clock <= thread->cta->synced) return true;
     const int32_t* knows = thread->knows + w * 32;
     const uint32_t own = thread->index / 32 == w ? 1u << thread->lane : 0;
@@ -95,9 +89,8 @@ static bool written_before_sync(const Cta* cta, const Granule& granule) {
     const int32_t* clock = granule.write_clock;
     const uint16_t* writer = granule.writer;
     const uint32_t threads = static_cast<uint32_t>(cta->threads.size());
-    return (clock[0] <= synced) & (clock[1] <= synced) & (clock[2] <= synced) &
-           (clock[3] <= synced) & (writer[0] <= threads) & (writer[1] <= threads) &
-           (writer[2] <= threads) & (writer[3] <= threads);
+    return (clock[0] <= synced) & (clock[1] <= synced) & (clock[2] <= synced) & (clock[3] <= synced) &
+           (writer[0] <= threads) & (writer[1] <= threads) & (writer[2] <= threads) & (writer[3] <= threads);
 }
 
 static void check_reads_before_write(Thread* thread, Op op, uint32_t offset) {
@@ -130,8 +123,7 @@ static void check_reads_before_write(Thread* thread, Op op, uint32_t offset) {
 void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words, bool async) {
     Granule& granule = thread->cta->shadow[offset / kGranule];
     check_in_flight(thread, op, offset, "writes");
-    if (granule.barrier & words)
-        fault(thread, op, "writes shared memory offset 0x%x, where an mbarrier lives", offset);
+    if (granule.barrier & words) fault(thread, op, "writes shared memory offset 0x%x, where an mbarrier lives", offset);
     check_reads_before_write(thread, op, offset);
     const bool settled = !async && written_before_sync(thread->cta, granule);
     for (int i = 0; i < 4 && !settled; ++i) {
@@ -139,8 +131,7 @@ void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words, bool asy
         const uint32_t writer = granule.writer[i] - 1u;
         if (writer != thread->index && thread->knows[writer] < granule.write_clock[i])
             fault_unordered_write(thread, op, offset, writer);
-        if (async && writer < thread->cta->threads.size() &&
-            thread->knows_async[writer] < granule.write_clock[i])
+        if (async && writer < thread->cta->threads.size() && thread->knows_async[writer] < granule.write_clock[i])
             fault_proxy(thread, op, offset, writer);
     }
     for (int i = 0; i < 4; ++i) {
@@ -169,8 +160,7 @@ static void add_read(Thread* thread, uint32_t offset, uint32_t lanes, int32_t cl
     if (clock != reads.clock) {
         for (uint32_t left = reads.lanes; left != 0; left &= left - 1) {
             const int lane = __builtin_ctz(left);
-            if (thread->knows[w * 32 + static_cast<uint32_t>(lane)] >= reads.clock)
-                reads.lanes &= ~(1u << lane);
+            if (thread->knows[w * 32 + static_cast<uint32_t>(lane)] >= reads.clock) reads.lanes &= ~(1u << lane);
         }
         if (reads.lanes == 0 || clock > reads.clock) reads.clock = clock;
         if (thread->clock() < reads.clock) {
@@ -185,10 +175,8 @@ static void add_read(Thread* thread, uint32_t offset, uint32_t lanes, int32_t cl
 static void note_read(Thread* thread, Op op, uint32_t offset) {
     const Granule& granule = thread->cta->shadow[offset / kGranule];
     check_in_flight(thread, op, offset, "reads");
-    if (granule.barrier != 0)
-        fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
-    if (granule.written != 0xf)
-        fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+    if (granule.barrier != 0) fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
+    if (granule.written != 0xf) fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
     const bool settled = written_before_sync(thread->cta, granule);
     for (int i = 0; i < 4 && !settled; ++i) {
         const uint32_t writer = granule.writer[i] - 1u;
@@ -204,17 +192,13 @@ static void note_warp_read(Thread* thread, Op op, uint32_t offset, bool async) {
     const Warp* warp = thread->warp;
     const Granule& granule = cta->shadow[offset / kGranule];
     check_in_flight(thread, op, offset, "reads");
-    if (granule.barrier != 0)
-        fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
-    if (granule.written != 0xf)
-        fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+    if (granule.barrier != 0) fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
+    if (granule.written != 0xf) fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
     const bool settled = !async && written_before_sync(cta, granule);
     for (int i = 0; i < 4 && !settled; ++i) {
         const uint32_t writer = granule.writer[i] - 1u;
-        if (warp->knows[writer] < granule.write_clock[i])
-            fault_unordered_write(thread, op, offset, writer);
-        if (async && writer < cta->threads.size() &&
-            warp->knows_async[writer] < granule.write_clock[i])
+        if (warp->knows[writer] < granule.write_clock[i]) fault_unordered_write(thread, op, offset, writer);
+        if (async && writer < cta->threads.size() && warp->knows_async[writer] < granule.write_clock[i])
             fault_proxy(thread, op, offset, writer);
     }
 }
@@ -260,8 +244,7 @@ void st_shared_u32(uint32_t addr, uint32_t x) {
 // --- global memory
 // ---------------------------------------------------------------------------------------------------
 
-void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align,
-                  bool store) {
+void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align, bool store) {
     const Request& request = *thread->cta->request;
     const uint64_t address = reinterpret_cast<uint64_t>(pointer);
     if (address % align != 0)
@@ -276,22 +259,18 @@ void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, ui
             if (!store || b->writable) return;
             read_only = b;
         }
-        const uint64_t gap = address < b->address ? b->address - address
-                             : address >= end     ? address - end
-                                                  : 0;
+        const uint64_t gap = address < b->address ? b->address - address : address >= end ? address - end : 0;
         if (gap < nearest_gap) {
             nearest_gap = gap;
             nearest = b;
         }
     }
-    if (nearest == nullptr)
-        fault(thread, op, "touches global memory, but the launch named no buffer");
+    if (nearest == nullptr) fault(thread, op, "touches global memory, but the launch named no buffer");
     const Buffer* b = read_only != nullptr ? read_only : nearest;
     fault(thread, op, "%s %llu bytes at byte offset %lld of buffer %d, which has %llu bytes%s",
           store ? "stores" : "reads", static_cast<unsigned long long>(bytes),
           static_cast<long long>(address - b->address), static_cast<int>(b - request.buffers),
-          static_cast<unsigned long long>(b->bytes),
-          read_only != nullptr ? " and is read-only" : "");
+          static_cast<unsigned long long>(b->bytes), read_only != nullptr ? " and is read-only" : "");
 }
 
 void ld_global_v4(uint32_t (&r)[4], const void* src) {
@@ -344,8 +323,7 @@ void cp_async_wait(int pending) {
     size_t landed = 0;
     for (; landed < thread->copies.size(); ++landed) {
         const Copy& copy = thread->copies[landed];
-        if (static_cast<int64_t>(copy.group) >= static_cast<int64_t>(thread->committed) - pending)
-            break;
+        if (static_cast<int64_t>(copy.group) >= static_cast<int64_t>(thread->committed) - pending) break;
         unsigned char* dst = thread->cta->smem.get() + copy.dst;
         if (copy.src != nullptr) {
             memcpy(dst, copy.src, 16);
@@ -355,14 +333,12 @@ void cp_async_wait(int pending) {
         thread->cta->shadow[copy.dst / kGranule].in_flight = 0;
         note_write(thread, Op::kCpAsync16, copy.dst, 0xf, false);
     }
-    thread->copies.erase(thread->copies.begin(),
-                         thread->copies.begin() + static_cast<std::ptrdiff_t>(landed));
+    thread->copies.erase(thread->copies.begin(), thread->copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }
 
 void check_no_copies_in_flight(Thread* thread) {
     if (!thread->copies.empty())
-        fault(thread, Op::kExit,
-              "returns with %zu cp_async_16 in flight, the first to shared memory offset 0x%x",
+        fault(thread, Op::kExit, "returns with %zu cp_async_16 in flight, the first to shared memory offset 0x%x",
               thread->copies.size(), thread->copies.front().dst);
 }
 

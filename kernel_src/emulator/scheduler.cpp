@@ -21,43 +21,14 @@ namespace emu {
 
 const char* op_name(Op op) {
     static const char* const names[] = {
-        "(nothing)",
-        "sync_cta",
-        "sync_warp",
-        "shfl_xor",
-        "shfl_idx",
-        "warp_any",
-        "ldmatrix_x4",
-        "ldmatrix_x4_trans",
-        "ldmatrix_x2_trans",
-        "mma_m16n8k16<Fp16>",
-        "mma_m16n8k16<Bf16>",
-        "ld_shared_v4",
-        "st_shared_v4",
-        "st_shared_u32",
-        "ld_global_v4",
-        "ld_global_s32",
-        "ld_global_f32",
-        "st_global_v4",
-        "st_global_u32",
-        "st_global_f32",
-        "cp_async_16",
-        "cp_async_wait",
-        "mbarrier_init",
-        "mbarrier_arrive",
-        "mbarrier_arrive_expect",
-        "mbarrier_wait",
-        "tma_load_4d",
-        "tma_prefetch_map",
-        "wgmma_fence",
-        "wgmma",
-        "wgmma_commit",
-        "wgmma_wait",
-        "registers_inc",
-        "registers_dec",
-        "named_sync",
-        "named_arrive",
-        "exit",
+        "(nothing)",          "sync_cta",      "sync_warp",         "shfl_xor",          "shfl_idx",
+        "warp_any",           "ldmatrix_x4",   "ldmatrix_x4_trans", "ldmatrix_x2_trans", "mma_m16n8k16<Fp16>",
+        "mma_m16n8k16<Bf16>", "ld_shared_v4",  "st_shared_v4",      "st_shared_u32",     "ld_global_v4",
+        "ld_global_s32",      "ld_global_f32", "st_global_v4",      "st_global_u32",     "st_global_f32",
+        "cp_async_16",        "cp_async_wait", "mbarrier_init",     "mbarrier_arrive",   "mbarrier_arrive_expect",
+        "mbarrier_wait",      "tma_load_4d",   "tma_prefetch_map",  "wgmma_fence",       "wgmma",
+        "wgmma_commit",       "wgmma_wait",    "registers_inc",     "registers_dec",     "named_sync",
+        "named_arrive",       "exit",
     };
     static_assert(sizeof(names) / sizeof(names[0]) == static_cast<size_t>(Op::kExit) + 1,
                   "Every operation has a name.");
@@ -66,10 +37,9 @@ const char* op_name(Op op) {
 
 void fault(Thread* thread, Op op, const char* format, ...) {
     Cta* cta = thread->cta;
-    int length =
-        snprintf(cta->error, sizeof(cta->error),
-                 "kernel %s, CTA %u, thread %u (warp %u, lane %u), %s: ", cta->kernel->name,
-                 cta->index, thread->index, thread->index / 32, thread->lane, op_name(op));
+    int length = snprintf(cta->error, sizeof(cta->error),
+                          "kernel %s, CTA %u, thread %u (warp %u, lane %u), %s: ", cta->kernel->name, cta->index,
+                          thread->index, thread->index / 32, thread->lane, op_name(op));
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(cta->error + length, sizeof(cta->error) - length, format, arguments);
@@ -92,8 +62,8 @@ static std::string who_waits_where(const Cta* cta, uint32_t first, uint32_t last
     for (int op = 1; op <= static_cast<int>(Op::kExit); ++op) {
         for (uint32_t object = 0; object < kMaxMbarriers; ++object) {
             const auto here = [&](const Thread& thread) {
-                return !(thread.warp->runnable >> thread.position & 1) &&
-                       thread.waits == static_cast<Op>(op) && wait_object(thread) == object;
+                return !(thread.warp->runnable >> thread.position & 1) && thread.waits == static_cast<Op>(op) &&
+                       wait_object(thread) == object;
             };
             std::string ranges;
             for (uint32_t i = first; i < last; ++i) {
@@ -105,8 +75,7 @@ static std::string who_waits_where(const Cta* cta, uint32_t first, uint32_t last
                 i = end;
             }
             if (ranges.empty()) continue;
-            text += (text.empty() ? "" : "; ") + std::string(op_name(static_cast<Op>(op))) +
-                    ": threads " + ranges;
+            text += (text.empty() ? "" : "; ") + std::string(op_name(static_cast<Op>(op))) + ": threads " + ranges;
             char where[256];
             if (static_cast<Op>(op) == Op::kMbarrierWait) {
                 describe_mbarrier(cta->mbarriers[object], where, sizeof(where));
@@ -157,8 +126,7 @@ void block(Thread* thread) {
     Cta* cta = thread->cta;
     if (warp->runnable == 0 && warp->arrived != 0 && !may_complete(warp)) {
         const uint32_t first = thread->index / 32 * 32;
-        fault(thread, thread->waits,
-              "the lanes of the warp diverged and %s can never complete (%s)", op_name(warp->op),
+        fault(thread, thread->waits, "the lanes of the warp diverged and %s can never complete (%s)", op_name(warp->op),
               who_waits_where(cta, first, first + 32).c_str());
     }
     Thread* next = find_runnable(cta, thread);
@@ -167,8 +135,7 @@ void block(Thread* thread) {
     const uint32_t all = static_cast<uint32_t>(cta->threads.size());
     if (next == nullptr && cta->exited < all)
         fault(thread, thread->waits, "deadlock: %s can never complete (%s)",
-              cta->at_barrier != 0 ? "sync_cta" : op_name(thread->waits),
-              who_waits_where(cta, 0, all).c_str());
+              cta->at_barrier != 0 ? "sync_cta" : op_name(thread->waits), who_waits_where(cta, 0, all).c_str());
     if (next == thread) return;
     switch_context(thread->context, next != nullptr ? next->context : cta->scheduler);
 }
@@ -179,8 +146,7 @@ uint32_t grid_dim() { return self()->cta->request->grid; }
 uint32_t smem_base() { return kSmemBase; }
 
 void sync_warp() {
-    meet(self(), Op::kSyncWarp,
-         [](Warp* warp) { join_threads(warp->lanes[0]->cta, warp->index * 32, 32); });
+    meet(self(), Op::kSyncWarp, [](Warp* warp) { join_threads(warp->lanes[0]->cta, warp->index * 32, 32); });
 }
 
 void sync_cta() {
@@ -222,8 +188,7 @@ template <class T>
 static void arrange(T* values, uint32_t count, const Request& request, uint64_t& random) {
     if (request.order == kReverse) std::reverse(values, values + count);
     if (request.order == kShuffle)
-        for (uint32_t i = count; i > 1; --i)
-            std::swap(values[i - 1], values[next_random(random) % i]);
+        for (uint32_t i = count; i > 1; --i) std::swap(values[i - 1], values[next_random(random) % i]);
 }
 
 static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
@@ -246,8 +211,7 @@ static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
         warp.fenced = false;
         warp.registers = 0;
         cta.turns[w] = &warp;
-        for (uint32_t lane = 0; lane < 32; ++lane)
-            warp.turns[lane] = warp.lanes[lane] = &cta.threads[w * 32 + lane];
+        for (uint32_t lane = 0; lane < 32; ++lane) warp.turns[lane] = warp.lanes[lane] = &cta.threads[w * 32 + lane];
         arrange(warp.turns, 32, request, random);
         for (uint32_t p = 0; p < 32; ++p) warp.turns[p]->position = p;
     }
@@ -276,21 +240,17 @@ static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
 
 int run(Request& request, const Kernel& kernel) {
     auto refuse = [&](const std::string& why) {
-        snprintf(request.error, request.error_bytes, "kernel %s, launch: %s", kernel.name,
-                 why.c_str());
+        snprintf(request.error, request.error_bytes, "kernel %s, launch: %s", kernel.name, why.c_str());
         return 1;
     };
     if (request.grid == 0) return refuse("the grid is empty");
     if (request.threads == 0 || request.threads % 32 != 0)
-        return refuse(std::to_string(request.threads) +
-                      " threads per CTA is not a positive multiple of 32");
+        return refuse(std::to_string(request.threads) + " threads per CTA is not a positive multiple of 32");
     if (request.threads > kernel.max_threads)
-        return refuse(std::to_string(request.threads) +
-                      " threads per CTA exceed the launch bound of " +
+        return refuse(std::to_string(request.threads) + " threads per CTA exceed the launch bound of " +
                       std::to_string(kernel.max_threads));
     if (reinterpret_cast<uintptr_t>(request.params) % kernel.params_align != 0)
-        return refuse("the parameter block is not aligned to " +
-                      std::to_string(kernel.params_align) + " bytes");
+        return refuse("the parameter block is not aligned to " + std::to_string(kernel.params_align) + " bytes");
 
     std::atomic<uint32_t> next{0};
     std::atomic<uint64_t> collectives{0};
@@ -328,8 +288,7 @@ int run(Request& request, const Kernel& kernel) {
         collectives += cta->collectives;
     };
     std::vector<std::thread> helpers;
-    for (uint32_t i = 1; i < std::min(request.workers, request.grid); ++i)
-        helpers.emplace_back(work);
+    for (uint32_t i = 1; i < std::min(request.workers, request.grid); ++i) helpers.emplace_back(work);
     work();
     for (std::thread& helper : helpers) helper.join();
     request.collectives = collectives;

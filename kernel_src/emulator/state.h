@@ -145,9 +145,7 @@ struct WgmmaStep {
     uint64_t a, b;
     uint32_t n;
     uint32_t flags;
-    bool operator==(const WgmmaStep& o) const {
-        return a == o.a && b == o.b && n == o.n && flags == o.flags;
-    }
+    bool operator==(const WgmmaStep& o) const { return a == o.a && b == o.b && n == o.n && flags == o.flags; }
 };
 
 // A copy by the copy engine between its issue and the completion of its phase.
@@ -232,20 +230,15 @@ struct Cta {
     NamedBarrier named[kNamedBarriers];
     std::vector<std::vector<WgmmaStep>> steps;  // [warpgroup]
 
-    uint32_t wgmma_component(uint32_t warp) const {
-        return static_cast<uint32_t>(threads.size()) + warp;
-    }
-    uint32_t mbarrier_component(uint32_t i) const {
-        return static_cast<uint32_t>(threads.size() + warps.size()) + i;
-    }
+    uint32_t wgmma_component(uint32_t warp) const { return static_cast<uint32_t>(threads.size()) + warp; }
+    uint32_t mbarrier_component(uint32_t i) const { return static_cast<uint32_t>(threads.size() + warps.size()) + i; }
 };
 
 inline Thread* self() { return Stacks::owner(); }
 
 // Ends the CTA with a message that starts with kernel, CTA, thread and operation. Does not return
 // to the fiber.
-[[noreturn]] void fault(Thread* thread, Op op, const char* format, ...)
-    __attribute__((format(printf, 3, 4)));
+[[noreturn]] void fault(Thread* thread, Op op, const char* format, ...) __attribute__((format(printf, 3, 4)));
 
 // Called by a thread that cannot continue: runs whoever can, and returns when this thread is
 // runnable again.
@@ -289,8 +282,7 @@ const unsigned char* warp_read_row(Thread* thread, Op op, uint32_t addr);
 // A store to some words of a granule, `async` when by the copy engine.
 void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words, bool async);
 // Faults unless all the bytes lie in one buffer, a writable one for a store.
-void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align,
-                  bool store);
+void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align, bool store);
 // A 16-byte chunk read by the wgmma that is the warp's `operation`-th; `thread` is any lane.
 void note_wgmma_read(Thread* thread, uint32_t addr, uint32_t operation);
 // Called when a thread returns from the kernel.

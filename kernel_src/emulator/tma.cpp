@@ -28,8 +28,7 @@ static const EmulatedMap& checked_map(Thread* thread, Op op, const void* map) {
     if (reinterpret_cast<uintptr_t>(map) % 64 != 0)
         fault(thread, op, "the tensor map at %p is not aligned to 64 bytes", map);
     const EmulatedMap& m = *static_cast<const EmulatedMap*>(map);
-    if (m.magic != kMagic)
-        fault(thread, op, "the tensor map at %p was not encoded for the emulator", map);
+    if (m.magic != kMagic) fault(thread, op, "the tensor map at %p was not encoded for the emulator", map);
     return m;
 }
 
@@ -49,12 +48,10 @@ void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, in
     const uint32_t row_bytes = m.box[0] * m.element_bytes, rows = m.box[1] * m.box[2] * m.box[3];
     const uint32_t span = 16u << m.swizzle, bytes = row_bytes * rows;
     if (m.swizzle != 0 && row_bytes != span)
-        fault(thread, Op::kTmaLoad,
-              "the box is %u bytes wide and the swizzle %u: the emulator models equal ones only",
+        fault(thread, Op::kTmaLoad, "the box is %u bytes wide and the swizzle %u: the emulator models equal ones only",
               row_bytes, span);
     // Eight spans make a swizzle atom, whose phase is taken from the address.
-    const uint32_t offset =
-        checked_offset(thread, Op::kTmaLoad, dst, bytes, m.swizzle != 0 ? 8 * span : 128);
+    const uint32_t offset = checked_offset(thread, Op::kTmaLoad, dst, bytes, m.swizzle != 0 ? 8 * span : 128);
     const int at[4] = {c0, c1, c2, c3};
     const uint32_t index = mbarrier_for_copy(thread, bar, bytes);
     for (uint32_t done = 0; done < bytes; done += kGranule) {
@@ -76,12 +73,10 @@ void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, in
     for (int64_t i3 = begin[3]; i3 < end[3]; ++i3)
         for (int64_t i2 = begin[2]; i2 < end[2]; ++i2)
             for (int64_t i1 = begin[1]; i1 < end[1]; ++i1) {
-                const uint64_t row = m.address + i1 * m.byte_strides[0] + i2 * m.byte_strides[1] +
-                                     i3 * m.byte_strides[2];
-                check_global(thread, Op::kTmaLoad,
-                             reinterpret_cast<const void*>(row + begin[0] * m.element_bytes),
-                             static_cast<uint64_t>(end[0] - begin[0]) * m.element_bytes,
-                             m.element_bytes, false);
+                const uint64_t row =
+                    m.address + i1 * m.byte_strides[0] + i2 * m.byte_strides[1] + i3 * m.byte_strides[2];
+                check_global(thread, Op::kTmaLoad, reinterpret_cast<const void*>(row + begin[0] * m.element_bytes),
+                             static_cast<uint64_t>(end[0] - begin[0]) * m.element_bytes, m.element_bytes, false);
             }
 }
 
@@ -108,20 +103,17 @@ void land(Cta* cta, uint32_t barrier, const TileCopy& copy) {
                 }
                 memset(row, 0, row_bytes);
                 if (inside)
-                    memcpy(
-                        row + first * m.element_bytes,
-                        reinterpret_cast<const char*>(src) + (copy.at[0] + first) * m.element_bytes,
-                        static_cast<size_t>(last - first) * m.element_bytes);
+                    memcpy(row + first * m.element_bytes,
+                           reinterpret_cast<const char*>(src) + (copy.at[0] + first) * m.element_bytes,
+                           static_cast<size_t>(last - first) * m.element_bytes);
                 for (uint32_t i = 0; i < row_bytes; i += kGranule) {
                     const uint32_t place = swizzled(dst + i, m.swizzle);
                     memcpy(cta->smem.get() + place, row + i, kGranule);
                     Granule& granule = cta->shadow[place / kGranule];
                     granule.tile_in_flight = 0;
                     for (int word = 0; word < 4; ++word) {
-                        granule.writer[word] =
-                            static_cast<uint16_t>(cta->mbarrier_component(barrier) + 1);
-                        granule.write_clock[word] =
-                            static_cast<int32_t>(cta->mbarriers[barrier].phase) + 1;
+                        granule.writer[word] = static_cast<uint16_t>(cta->mbarrier_component(barrier) + 1);
+                        granule.write_clock[word] = static_cast<int32_t>(cta->mbarriers[barrier].phase) + 1;
                     }
                 }
             }

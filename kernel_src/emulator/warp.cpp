@@ -19,8 +19,7 @@ static uint32_t shuffle(Op op, uint32_t x, uint32_t argument, Source source) {
     warp->in[0][thread->lane] = x;
     warp->in[1][thread->lane] = argument;
     meet(thread, op, [source](Warp* w) {
-        for (uint32_t lane = 0; lane < 32; ++lane)
-            w->out[0][lane] = w->in[0][source(lane, w->in[1][lane]) % 32];
+        for (uint32_t lane = 0; lane < 32; ++lane) w->out[0][lane] = w->in[0][source(lane, w->in[1][lane]) % 32];
     });
     return warp->out[0][thread->lane];
 }
@@ -31,8 +30,7 @@ uint32_t shfl_xor(uint32_t x, int lane_mask) {
 }
 
 uint32_t shfl_idx(uint32_t x, int lane) {
-    return shuffle(Op::kShflIdx, x, static_cast<uint32_t>(lane),
-                   [](uint32_t, uint32_t from) { return from; });
+    return shuffle(Op::kShflIdx, x, static_cast<uint32_t>(lane), [](uint32_t, uint32_t from) { return from; });
 }
 
 int warp_any(int x) {
@@ -59,8 +57,7 @@ static void ldmatrix(Op op, uint32_t (&r)[kMatrices], uint32_t addr) {
         for (int i = 0; i < kMatrices; ++i) {
             uint16_t matrix[8][8];
             for (int row = 0; row < 8; ++row)
-                memcpy(matrix[row], warp_read_row(w->lanes[8 * i + row], op, w->in[0][8 * i + row]),
-                       16);
+                memcpy(matrix[row], warp_read_row(w->lanes[8 * i + row], op, w->in[0][8 * i + row]), 16);
             for (uint32_t lane = 0; lane < 32; ++lane) {
                 const uint32_t g = lane / 4, t = lane % 4 * 2;
                 const uint32_t lo = kTrans ? matrix[t][g] : matrix[g][t];
@@ -73,12 +70,8 @@ static void ldmatrix(Op op, uint32_t (&r)[kMatrices], uint32_t addr) {
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { ldmatrix<4, false>(Op::kLdmatrixX4, r, addr); }
-void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
-    ldmatrix<4, true>(Op::kLdmatrixX4Trans, r, addr);
-}
-void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) {
-    ldmatrix<2, true>(Op::kLdmatrixX2Trans, r, addr);
-}
+void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { ldmatrix<4, true>(Op::kLdmatrixX4Trans, r, addr); }
+void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) { ldmatrix<2, true>(Op::kLdmatrixX2Trans, r, addr); }
 
 // --- mma
 // -------------------------------------------------------------------------------------------------------------

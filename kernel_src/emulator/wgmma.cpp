@@ -25,9 +25,7 @@ struct Descriptor {
     uint32_t mask;  // of the address bits from 7 up that flip those from 4 up
 
     Descriptor(Thread* thread, uint64_t bits)
-        : address((bits & 0x3fff) << 4),
-          leading((bits >> 16 & 0x3fff) << 4),
-          stride((bits >> 32 & 0x3fff) << 4) {
+        : address((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
         static const uint32_t spans[] = {16, 128, 64, 32};
         const uint32_t mode = static_cast<uint32_t>(bits >> 62);
         span = spans[mode];
@@ -53,8 +51,7 @@ struct Descriptor {
         const uint32_t per_span = span / 16;
         const uint32_t across = chunk % per_span * 16;
         if (span == 16) return address + chunk * stride + k % 8 * 16 + k / 8 * leading;
-        return swizzle(address + across + chunk / per_span * leading + k % 8 * span +
-                       k / 8 * stride);
+        return swizzle(address + across + chunk / per_span * leading + k % 8 * span + k / 8 * stride);
     }
 
     uint32_t swizzle(uint32_t at) const { return at ^ (at >> 7 & mask) << 4; }
@@ -78,8 +75,7 @@ static bool same(const std::vector<uint32_t>& values, const uint32_t* words) {
 
 void wgmma_fence() {
     Thread* thread = self();
-    for (Registers& known : thread->registers)
-        known.at_fence.assign(known.address, known.address + known.count);
+    for (Registers& known : thread->registers) known.at_fence.assign(known.address, known.address + known.count);
     meet(thread, Op::kWgmmaFence, [](Warp* warp) { warp->fenced = true; });
 }
 
@@ -88,16 +84,14 @@ static void check_fence(Thread* thread, Registers& known, const char* what) {
     if (known.at_fence.empty())
         known.at_fence.assign(known.address, known.address + known.count);
     else if (!same(known.at_fence, known.address) && !same(known.left, known.address))
-        fault(thread, Op::kWgmma,
-              "%s was written by ordinary code after the latest wgmma_fence: fence between the two",
+        fault(thread, Op::kWgmma, "%s was written by ordinary code after the latest wgmma_fence: fence between the two",
               what);
 }
 
 static void check_poisoned(Thread* thread, Op op, const Registers& d) {
     for (uint32_t i = 0; i < d.count; ++i)
         if (d.address[i] != kPoison)
-            fault(thread, op,
-                  "accumulator register %u was written while a wgmma on it was in flight", i);
+            fault(thread, op, "accumulator register %u was written while a wgmma on it was in flight", i);
 }
 
 // Poisons the accumulator; if it is so already, it belongs to a wgmma in flight, and nobody may
@@ -142,8 +136,7 @@ static void issue(Thread* thread, Warp* warp) {
                 note_wgmma_read(thread, a.k_major(warp->index % 4 * 16 + row, chunk), count);
         const Descriptor b(thread, op.b);
         for (uint32_t row = 0; row < op.n; ++row)
-            for (uint32_t chunk = 0; chunk < 2; ++chunk)
-                note_wgmma_read(thread, b.k_major(row, chunk), count);
+            for (uint32_t chunk = 0; chunk < 2; ++chunk) note_wgmma_read(thread, b.k_major(row, chunk), count);
     } else {
         const Descriptor b(thread, op.b);
         for (uint32_t chunk = 0; chunk < op.n / 8; ++chunk)
@@ -183,8 +176,7 @@ void wgmma_ss(bool bf16, uint32_t n, float* d, uint64_t a, uint64_t b, int accum
     wgmma(op, d, nullptr);
 }
 
-void wgmma_rs_trans(bool bf16, uint32_t n, float* d, const uint32_t* a, uint64_t b,
-                    int accumulate) {
+void wgmma_rs_trans(bool bf16, uint32_t n, float* d, const uint32_t* a, uint64_t b, int accumulate) {
     WgmmaOp op = {};
     op.bf16 = bf16;
     op.from_registers = true;
@@ -241,8 +233,8 @@ static void load_operands(Thread* thread, const WgmmaOp& op, Tile& tile) {
         for (uint32_t lane = 0; lane < 32; ++lane)
             for (uint32_t r = 0; r < 4; ++r)
                 for (uint32_t i = 0; i < 2; ++i)
-                    tile.a[lane / 4 + r % 2 * 8][r / 2 * 8 + lane % 4 * 2 + i] = From::convert(
-                        static_cast<uint16_t>(op.a_value[lane][r] >> 16 * i & 0xffff));
+                    tile.a[lane / 4 + r % 2 * 8][r / 2 * 8 + lane % 4 * 2 + i] =
+                        From::convert(static_cast<uint16_t>(op.a_value[lane][r] >> 16 * i & 0xffff));
         const Descriptor b(thread, op.b);
         for (uint32_t k = 0; k < 16; ++k)
             for (uint32_t chunk = 0; chunk < op.n / 8; ++chunk) {
@@ -328,8 +320,7 @@ void wgmma_wait(int pending) {
             until = warp->batches.front();
         if (until == warp->retired) return;
         retire(warp, thread, until);
-        for (Thread* lane : warp->lanes)
-            lane->knows[cta->wgmma_component(warp->index)] = static_cast<int32_t>(until);
+        for (Thread* lane : warp->lanes) lane->knows[cta->wgmma_component(warp->index)] = static_cast<int32_t>(until);
         warp->knows[cta->wgmma_component(warp->index)] = static_cast<int32_t>(until);
     });
 }

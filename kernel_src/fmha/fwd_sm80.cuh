@@ -6,6 +6,8 @@
 // and every warp is done with tile n + 1, whose buffer the next copy may overwrite. P stays in registers, because the
 // accumulator layout of S is the operand layout of the second product.
 #pragma once
+#include <ptx/sm80.cuh>
+
 #include "epilogue.cuh"
 #include "paged_kv.cuh"
 #include "params.h"
@@ -15,12 +17,11 @@
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 #include "traits.cuh"
-#include <ptx/sm80.cuh>
 
 namespace fmha {
 
-// Addresses that ldmatrix takes from this lane: one 8x8 matrix is eight rows of one chunk, and a lane names one row. The
-// rest of a tile is reached from here by SmemTile::step.
+// Addresses that ldmatrix takes from this lane: one 8x8 matrix is eight rows of one chunk, and a lane names one row.
+// The rest of a tile is reached from here by SmemTile::step.
 template <class Traits>
 struct LaneAddress {
     uint32_t q;  // row lane % 16, chunk lane / 16 of the warp's slab: the four quarters of an m16k16 operand
@@ -80,8 +81,8 @@ FMHA_DEVICE void pv_step(float (&o)[Traits::kMTiles][Traits::kVTiles][4],
     uint32_t a[Traits::kMTiles][4];
     FMHA_UNROLL
     for (int mt = 0; mt < Traits::kMTiles; ++mt) {
-        const float(&even)[4] = p[mt][kStep * 2];
-        const float(&odd)[4] = p[mt][kStep * 2 + 1];
+        const float (&even)[4] = p[mt][kStep * 2];
+        const float (&odd)[4] = p[mt][kStep * 2 + 1];
         a[mt][0] = pack2<Element>(even[0], even[1]);
         a[mt][1] = pack2<Element>(even[2], even[3]);
         a[mt][2] = pack2<Element>(odd[0], odd[1]);
@@ -194,9 +195,8 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
         if constexpr (Traits::kQInRegs) {
             cp_async_wait<Traits::kStages - 2>();
             sync_cta();
-            static_for<0, Traits::kKSteps>([&](auto ks) {
-                load_q<Traits, decltype(ks)::value>(q_frag[decltype(ks)::value], address.q);
-            });
+            static_for<0, Traits::kKSteps>(
+                [&](auto ks) { load_q<Traits, decltype(ks)::value>(q_frag[decltype(ks)::value], address.q); });
         }
 
         const auto step = [&](uint32_t stage_offset, auto masked) {

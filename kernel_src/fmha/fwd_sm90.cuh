@@ -2,10 +2,13 @@
 // Flash-attention forward for Hopper. One producer warp feeds rings of K and V tiles through the copy engine; two or
 // three warpgroups of consumers own 64 query rows each and multiply with wgmma.
 //
-// A consumer issues the first product of tile n together with the second product of tile n + 1 (tiles go right to left),
-// then does the softmax of tile n. The consumers take turns issuing, so that one's softmax runs under another's
+// A consumer issues the first product of tile n together with the second product of tile n + 1 (tiles go right to
+// left), then does the softmax of tile n. The consumers take turns issuing, so that one's softmax runs under another's
 // products. A CTA may work through several query tiles: the producer is then ahead by up to a ring.
 #pragma once
+#include <ptx/sm90.cuh>
+#include <ptx/wgmma.cuh>
+
 #include "epilogue.cuh"
 #include "params.h"
 #include "scheduler.cuh"
@@ -13,8 +16,6 @@
 #include "seqlen.cuh"
 #include "softmax.cuh"
 #include "traits_sm90.cuh"
-#include <ptx/sm90.cuh>
-#include <ptx/wgmma.cuh>
 
 namespace fmha {
 
@@ -168,8 +169,8 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
     // Accumulators in fragment order (mask.cuh), and flat as wgmma names them.
     float o[1][Traits::kVTiles][4];
     float s[1][Traits::kNTiles][4];
-    auto& o_flat = reinterpret_cast<float(&)[Traits::kVTiles * 4]>(o);
-    auto& s_flat = reinterpret_cast<float(&)[Traits::kNTiles * 4]>(s);
+    auto& o_flat = reinterpret_cast<float (&)[Traits::kVTiles * 4]>(o);
+    auto& s_flat = reinterpret_cast<float (&)[Traits::kNTiles * 4]>(s);
     uint32_t probs[Traits::kBlockN / 16][4];  // P as the operand of the second product
 
     const uint64_t q_matrix = matrix_descriptor<Traits>(smem.q() + consumer * 64 * Traits::kRowBytes, 16);
@@ -191,7 +192,8 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
         FMHA_UNROLL
         for (int ks = 0; ks < Traits::kBlockN / 16; ++ks) {
             Wgmma<Element, Traits::kHeadDimV>::rs_trans(
-                o_flat, probs[ks], v_matrix + descriptor_step(stage * Traits::kVBytes + ks * 16 * Traits::kRowBytes), 1);
+                o_flat, probs[ks], v_matrix + descriptor_step(stage * Traits::kVBytes + ks * 16 * Traits::kRowBytes),
+                1);
         }
         wgmma_commit();
     };
@@ -200,7 +202,7 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
         for (int ks = 0; ks < Traits::kBlockN / 16; ++ks) {
             FMHA_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const float(&tile)[4] = s[0][ks * 2 + i / 2];
+                const float (&tile)[4] = s[0][ks * 2 + i / 2];
                 probs[ks][i] = pack2<Element>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
             }
         }
@@ -332,8 +334,8 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
                         work.seq.q_row * p.o_stride.row + work.tile.head * p.o_stride.head;
         store_rows<Element>(o, out, p.o_stride.row, warp_row, work.seq.q_len, lane);
         if (p.lse != nullptr) {
-            float* lse = p.lse + work.tile.batch * p.lse_batch_stride + work.tile.head * p.lse_head_stride +
-                         work.seq.q_row;
+            float* lse =
+                p.lse + work.tile.batch * p.lse_batch_stride + work.tile.head * p.lse_head_stride + work.seq.q_row;
             store_lse(softmax, lse, p.scale_log2, warp_row, work.seq.q_len, lane);
         }
     }

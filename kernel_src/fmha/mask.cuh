@@ -67,11 +67,12 @@ FMHA_DEVICE void apply_band_sides(float (&s)[1][kNTiles][4], const Band& band, b
     }
 }
 
-// One head's packed mask: a bit for every query and key, 1 = seen. A block of 64 rows x 64 columns is 128 words, one for
-// each thread of the four warps that hold its fragments (16 rows each): bit 4 * n + i of a thread's word is its element i
-// of the n-th m16n8 accumulator. So a warp reads 16 rows x 64 columns as one coalesced word per lane, whichever
-// instruction made the fragments. Blocks lie row-major; a varlen sequence begins at row block first_row / 64 + batch, which
-// leaves every sequence room for its last, partial block without a table of offsets. fmha_runtime/packed_mask.py packs.
+// One head's packed mask: a bit for every query and key, 1 = seen. A block of 64 rows x 64 columns is 128 words, one
+// for each thread of the four warps that hold its fragments (16 rows each): bit 4 * n + i of a thread's word is its
+// element i of the n-th m16n8 accumulator. So a warp reads 16 rows x 64 columns as one coalesced word per lane,
+// whichever instruction made the fragments. Blocks lie row-major; a varlen sequence begins at row block first_row / 64
+// + batch, which leaves every sequence room for its last, partial block without a table of offsets.
+// fmha_runtime/packed_mask.py packs.
 struct PackedMask {
     const uint32_t* words;
     const uint32_t* any;  // per row block, a bit per column block: is any of its bits set

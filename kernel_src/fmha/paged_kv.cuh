@@ -71,7 +71,8 @@ struct KvSource<Traits, false> {
 
     FMHA_DEVICE static const uint16_t* head(const void* base, const Strides& stride, const SeqlenInfo& seq, int batch,
                                             int kv_head) {
-        return static_cast<const uint16_t*>(base) + batch * stride.batch + seq.k_row * stride.row + kv_head * stride.head;
+        return static_cast<const uint16_t*>(base) + batch * stride.batch + seq.k_row * stride.row +
+               kv_head * stride.head;
     }
 
     // Tile `n_block` of K to `smem` and of V behind it.

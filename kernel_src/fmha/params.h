@@ -9,8 +9,8 @@
 
 namespace fmha {
 
-// Element strides of one tensor seen as [batch, row, head, dim]; dim is contiguous. For varlen tensors batch is 0, for a
-// pool of pages it is the step from page to page.
+// Element strides of one tensor seen as [batch, row, head, dim]; dim is contiguous. For varlen tensors batch is 0, for
+// a pool of pages it is the step from page to page.
 struct Strides {
     int64_t batch;
     int64_t row;
@@ -41,17 +41,17 @@ struct FwdParams {
     int64_t mask_batch_stride;  // in row blocks of 64; 0: one mask for all
     int64_t mask_head_stride;
     int32_t batch;
-    int32_t heads;           // query heads
-    int32_t heads_per_kv;    // query heads that share one KV head
-    int32_t seqlen_q;        // dense: rows of Q; varlen: upper bound
-    int32_t seqlen_k;        // dense: rows of K; varlen: upper bound
-    int32_t window_left;     // keys visible to the left of the diagonal; kUnlimited: all
-    int32_t window_right;    // keys visible to the right of the diagonal; kUnlimited: all
-    int32_t m_blocks;        // query tiles per head
-    int32_t section_heads;   // heads whose tiles run side by side, so that their K and V share the L2
-    int32_t longest_first;   // 1: later query tiles (more keys under a causal mask) first
-    int32_t attention_chunk;     // queries see only keys of their own chunk of this many positions; 0: all
-    int32_t chunk_multiplier;    // (2 * position + 1) * multiplier >> 32 >> shift is position / attention_chunk
+    int32_t heads;             // query heads
+    int32_t heads_per_kv;      // query heads that share one KV head
+    int32_t seqlen_q;          // dense: rows of Q; varlen: upper bound
+    int32_t seqlen_k;          // dense: rows of K; varlen: upper bound
+    int32_t window_left;       // keys visible to the left of the diagonal; kUnlimited: all
+    int32_t window_right;      // keys visible to the right of the diagonal; kUnlimited: all
+    int32_t m_blocks;          // query tiles per head
+    int32_t section_heads;     // heads whose tiles run side by side, so that their K and V share the L2
+    int32_t longest_first;     // 1: later query tiles (more keys under a causal mask) first
+    int32_t attention_chunk;   // queries see only keys of their own chunk of this many positions; 0: all
+    int32_t chunk_multiplier;  // (2 * position + 1) * multiplier >> 32 >> shift is position / attention_chunk
     int32_t chunk_shift;
     int32_t alibi_batch_stride;  // 0: all sequences share the slopes
     int32_t page_bits;           // log2 of the tokens of a page
@@ -79,6 +79,7 @@ struct FwdTmaParams {
     int32_t ctas;  // size of the grid; a CTA takes every ctas-th tile
 };
 
-static_assert(sizeof(FwdParams) == 320, "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
+static_assert(sizeof(FwdParams) == 320,
+              "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
 
 }  // namespace fmha

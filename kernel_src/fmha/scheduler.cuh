@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which (query tile, head, batch) a CTA works on.
 #pragma once
-#include "params.h"
 #include <ptx/common.cuh>
+
+#include "params.h"
 
 namespace fmha {
 
@@ -12,9 +13,9 @@ struct TileCoord {
     int batch;
 };
 
-// Tiles are numbered in the order they should start. Heads of the whole batch are cut into sections whose K and V fit the L2; inside a section
-// all heads start a query tile before the next tile begins. Under a causal mask the tiles with most keys go first, so
-// that the short ones fill the gaps at the end (longest processing time first).
+// Tiles are numbered in the order they should start. Heads of the whole batch are cut into sections whose K and V fit
+// the L2; inside a section all heads start a query tile before the next tile begins. Under a causal mask the tiles with
+// most keys go first, so that the short ones fill the gaps at the end (longest processing time first).
 FMHA_DEVICE TileCoord schedule(const FwdParams& p, int tile) {
     const int all_heads = p.batch * p.heads;
     const int section_tiles = p.section_heads * p.m_blocks;

@@ -2,14 +2,15 @@
 // What happens to a score between q.k and the mask. Scores stay unscaled: the softmax multiplies them by
 // FwdParams::scale_log2 in the same instruction that subtracts the maximum.
 #pragma once
+#include <ptx/common.cuh>
+
 #include "params.h"
 #include "traits.cuh"
-#include <ptx/common.cuh>
 
 namespace fmha {
 
-// tanh(x), good to about 2^-22 of 1. The one-instruction tanh.approx is good to 2^-11 of its value, of which a cap of 30
-// makes 1.5 % of a weight. Tried with the emulator's worst case of it: relative L2 4.8e-4 in fp16 (allowed 4e-4) and
+// tanh(x), good to about 2^-22 of 1. The one-instruction tanh.approx is good to 2^-11 of its value, of which a cap of
+// 30 makes 1.5 % of a weight. Tried with the emulator's worst case of it: relative L2 4.8e-4 in fp16 (allowed 4e-4) and
 // errors of 7e-3 in the LSE (allowed 1e-3), so one more ex2 and rcp are the price.
 FMHA_DEVICE float tanh_exp2(float x) {
     constexpr float kTwoLog2E = 2.88539008177792681f;

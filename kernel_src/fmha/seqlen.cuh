@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lengths of one sequence, and the KV tiles that a query tile needs.
 #pragma once
-#include "params.h"
 #include <ptx/common.cuh>
+
+#include "params.h"
 
 namespace fmha {
 

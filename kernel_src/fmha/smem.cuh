@@ -23,9 +23,9 @@ struct SmemTile {
         return static_cast<uint32_t>(row * kRowBytes + (chunk ^ flip) * kChunkBytes);
     }
 
-    // From the address of (row, chunk) with chunk 0 or 1 to that of (row + kRows, chunk + kMoreChunks). The row bits that
-    // flip repeat every eight rows, and the flip touches the low chunk bits only, so a step costs at most one XOR with a
-    // constant: no table of addresses occupies registers.
+    // From the address of (row, chunk) with chunk 0 or 1 to that of (row + kRows, chunk + kMoreChunks). The row bits
+    // that flip repeat every eight rows, and the flip touches the low chunk bits only, so a step costs at most one XOR
+    // with a constant: no table of addresses occupies registers.
     template <int kRows, int kMoreChunks>
     FMHA_DEVICE static uint32_t step(uint32_t address) {
         static_assert(kRows % 8 == 0 && kMoreChunks % 2 == 0, "the flip must stay what it was");

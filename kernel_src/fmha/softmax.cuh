@@ -35,9 +35,9 @@ struct Softmax {
         }
     }
 
-    // Turns S into P in place and returns by `shrink` what O must be multiplied by. kMasked: rows may still have seen no
-    // key at all. kLazy: keep the old maximum until a score exceeds it by a factor of 2^8 (FlashAttention-4's trick): the
-    // result is the same, P stays below 2^8, and shrink is mostly exactly 1.
+    // Turns S into P in place and returns by `shrink` what O must be multiplied by. kMasked: rows may still have seen
+    // no key at all. kLazy: keep the old maximum until a score exceeds it by a factor of 2^8 (FlashAttention-4's
+    // trick): the result is the same, P stays below 2^8, and shrink is mostly exactly 1.
     template <bool kMasked, bool kLazy = false, int kNTiles>
     FMHA_DEVICE void step(float (&s)[kMTiles][kNTiles][4], float (&shrink)[kMTiles][2], float scale_log2) {
         FMHA_UNROLL

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies a tile of rows from global to shared memory with cp.async.
 #pragma once
-#include "smem.cuh"
 #include <ptx/sm80.cuh>
+
+#include "smem.cuh"
 
 namespace fmha {
 

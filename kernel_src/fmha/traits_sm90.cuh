@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything about a Hopper forward kernel that is fixed at compile time, and how its tiles lie in shared memory.
 #pragma once
-#include "traits.cuh"
 #include <ptx/sm90.cuh>
+
+#include "traits.cuh"
 
 namespace fmha {
 
@@ -19,8 +20,8 @@ struct FwdSm90Traits {
     static constexpr int kBlockM = 64 * kConsumers;
     static constexpr int kThreads = 128 * (kConsumers + 1);
     static constexpr int kKSteps = (kHeadDim + 15) / 16;
-    static constexpr int kNTiles = kBlockN / 8;     // n8 tiles of S
-    static constexpr int kVTiles = kHeadDimV / 8;   // n8 tiles of O
+    static constexpr int kNTiles = kBlockN / 8;    // n8 tiles of S
+    static constexpr int kVTiles = kHeadDimV / 8;  // n8 tiles of O
 
     // Columns come in groups as wide as the swizzle span: 64 (128 bytes), or 32 for the smallest head dim. A group is a
     // matrix of kRowBytes rows; columns past the head dim arrive as zeros from the copy engine.
@@ -37,22 +38,24 @@ struct FwdSm90Traits {
     static constexpr int kBarrierBytes = 256;
     static constexpr int kSmemBytes = kQBytes + kStages * (kKBytes + kVBytes) + kBarrierBytes;
 
-    // setmaxnreg: what the launch gives every warp is shared out between a producer that only issues copies and consumers
-    // that hold S, P and O.
+    // setmaxnreg: what the launch gives every warp is shared out between a producer that only issues copies and
+    // consumers that hold S, P and O.
     static constexpr int kProducerRegs = kConsumers == 3 ? 32 : 40;
     static constexpr int kConsumerRegs = kConsumers == 3 ? 160 : 232;
 
     // Rescaling O costs an instruction an element; with wide O it pays to skip it while the maximum hardly grows.
     static constexpr bool kLazyRescale = kHeadDimV >= 64;
 
-    static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0, "head dims are multiples of 8: wgmma's N and a 16-byte chunk");
-    static_assert(kBlockN % 16 == 0 && kBlockN <= 256, "P is fed to the second product in k16 steps; a box has 256 rows");
+    static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
+                  "head dims are multiples of 8: wgmma's N and a 16-byte chunk");
+    static_assert(kBlockN % 16 == 0 && kBlockN <= 256,
+                  "P is fed to the second product in k16 steps; a box has 256 rows");
     static_assert(kConsumers == 2 || kConsumers == 3, "the register split is set for two or three consumers");
     static_assert(8 * (3 + 4 * kStages) <= kBarrierBytes, "the barriers must fit their room");
 };
 
-// Shared-memory matrix descriptor (PTX ISA, "Matrix-descriptor format"): start address, leading and stride byte offsets,
-// all in units of 16 bytes, and the swizzle mode (1: 128 bytes, 2: 64 bytes). Eight rows are one stride apart;
+// Shared-memory matrix descriptor (PTX ISA, "Matrix-descriptor format"): start address, leading and stride byte
+// offsets, all in units of 16 bytes, and the swizzle mode (1: 128 bytes, 2: 64 bytes). Eight rows are one stride apart;
 // leading_bytes is the distance between column groups where N is contiguous, and is ignored where the depth is.
 template <class Traits>
 FMHA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes) {

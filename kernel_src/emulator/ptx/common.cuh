@@ -13,16 +13,13 @@
 
 // Emits the function that Python calls with a Request; the body becomes what each emulated thread
 // runs.
-#define FMHA_KERNEL(name, Params, threads, ctas_per_sm)                                       \
-    static void name##_body(const Params& params);                                            \
-    static void name##_thread(const void* params) {                                           \
-        name##_body(*static_cast<const Params*>(params));                                     \
-    }                                                                                         \
-    extern "C" __attribute__((visibility("default"))) int name(fmha::emu::Request* request) { \
-        static_assert((ctas_per_sm) > 0, "At least one CTA must fit on an SM.");              \
-        return fmha::emu::run(*request,                                                       \
-                              {#name, name##_thread, threads, ctas_per_sm, alignof(Params)}); \
-    }                                                                                         \
+#define FMHA_KERNEL(name, Params, threads, ctas_per_sm)                                                 \
+    static void name##_body(const Params& params);                                                      \
+    static void name##_thread(const void* params) { name##_body(*static_cast<const Params*>(params)); } \
+    extern "C" __attribute__((visibility("default"))) int name(fmha::emu::Request* request) {           \
+        static_assert((ctas_per_sm) > 0, "At least one CTA must fit on an SM.");                        \
+        return fmha::emu::run(*request, {#name, name##_thread, threads, ctas_per_sm, alignof(Params)}); \
+    }                                                                                                   \
     static void name##_body(const Params& params)
 
 namespace fmha {
@@ -49,9 +46,7 @@ inline float bits_float(uint32_t u) {
 }
 
 // The .ftz suffix: subnormal numbers count as zero of the same sign.
-inline float flush(float x) {
-    return (float_bits(x) & 0x7f800000u) ? x : bits_float(float_bits(x) & 0x80000000u);
-}
+inline float flush(float x) { return (float_bits(x) & 0x7f800000u) ? x : bits_float(float_bits(x) & 0x80000000u); }
 
 // Round to nearest even; overflow gives infinity, any NaN gives 0x7fff: what cvt.rn does.
 inline uint32_t half_bits(float x) {
@@ -88,8 +83,7 @@ FMHA_DEVICE float rcp_approx(float x) { return emu::flush(1.0f / emu::flush(x));
 // exactly that coarse.
 FMHA_DEVICE float tanh_approx(float x) {
     const uint32_t u = emu::float_bits(__builtin_tanhf(x));
-    return (u & 0x7f800000u) == 0x7f800000u ? emu::bits_float(u)
-                                            : emu::bits_float((u + 0x1000u) & ~0x1fffu);
+    return (u & 0x7f800000u) == 0x7f800000u ? emu::bits_float(u) : emu::bits_float((u + 0x1000u) & ~0x1fffu);
 }
 
 FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return emu::shfl_xor(x, lane_mask); }
@@ -97,9 +91,7 @@ FMHA_DEVICE float shfl_xor(float x, int lane_mask) {
     return emu::bits_float(emu::shfl_xor(emu::float_bits(x), lane_mask));
 }
 FMHA_DEVICE uint32_t shfl_idx(uint32_t x, int lane) { return emu::shfl_idx(x, lane); }
-FMHA_DEVICE float shfl_idx(float x, int lane) {
-    return emu::bits_float(emu::shfl_idx(emu::float_bits(x), lane));
-}
+FMHA_DEVICE float shfl_idx(float x, int lane) { return emu::bits_float(emu::shfl_idx(emu::float_bits(x), lane)); }
 
 FMHA_DEVICE bool warp_any(bool x) { return emu::warp_any(x) != 0; }
 

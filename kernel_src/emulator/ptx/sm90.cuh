@@ -5,20 +5,15 @@
 
 namespace fmha {
 
-FMHA_DEVICE int warp_uniform(int x) {
-    return static_cast<int>(emu::shfl_idx(static_cast<uint32_t>(x), 0));
-}
+FMHA_DEVICE int warp_uniform(int x) { return static_cast<int>(emu::shfl_idx(static_cast<uint32_t>(x), 0)); }
 
 FMHA_DEVICE void mbarrier_init(uint32_t bar, int arrivals) { emu::mbarrier_init(bar, arrivals); }
 FMHA_DEVICE void mbarrier_init_fence() { emu::mbarrier_init_fence(); }
 FMHA_DEVICE void mbarrier_arrive(uint32_t bar) { emu::mbarrier_arrive(bar); }
-FMHA_DEVICE void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
-    emu::mbarrier_arrive_expect(bar, bytes);
-}
+FMHA_DEVICE void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) { emu::mbarrier_arrive_expect(bar, bytes); }
 FMHA_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) { emu::mbarrier_wait(bar, parity); }
 
-FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2,
-                             int c3) {
+FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2, int c3) {
     emu::tma_load_4d(dst, map, bar, c0, c1, c2, c3);
 }
 FMHA_DEVICE void tma_prefetch_map(const void* map) { emu::tma_prefetch_map(map); }

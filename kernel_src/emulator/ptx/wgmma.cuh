@@ -25,8 +25,7 @@ struct Wgmma {
     FMHA_DEVICE static void ss(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
         emu::wgmma_ss(emu::kIsBf16<Element>, kN, d, a, b, accumulate);
     }
-    FMHA_DEVICE static void rs_trans(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
-                                     int accumulate) {
+    FMHA_DEVICE static void rs_trans(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
         emu::wgmma_rs_trans(emu::kIsBf16<Element>, kN, d, a, b, accumulate);
     }
 };

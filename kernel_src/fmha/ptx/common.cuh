@@ -16,9 +16,8 @@
 #define FMHA_UNROLL_1 _Pragma("unroll 1")
 
 // Defines the entry point `name`; the body that follows sees the by-value struct as `params`.
-#define FMHA_KERNEL(name, Params, threads, ctas_per_sm)                \
-    extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm) \
-        name(const __grid_constant__ Params params)
+#define FMHA_KERNEL(name, Params, threads, ctas_per_sm) \
+    extern "C" __global__ void __launch_bounds__(threads, ctas_per_sm) name(const __grid_constant__ Params params)
 
 extern __shared__ __align__(1024) unsigned char fmha_dynamic_smem[];
 
@@ -37,9 +36,7 @@ FMHA_DEVICE uint32_t block_idx() { return blockIdx.x; }
 FMHA_DEVICE uint32_t grid_dim() { return gridDim.x; }
 
 // Address of the dynamic shared memory in the 32-bit shared window; 1024-byte aligned.
-FMHA_DEVICE uint32_t smem_base() {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(fmha_dynamic_smem));
-}
+FMHA_DEVICE uint32_t smem_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(fmha_dynamic_smem)); }
 
 FMHA_DEVICE void sync_cta() { __syncthreads(); }
 FMHA_DEVICE void sync_warp() { __syncwarp(); }
@@ -70,12 +67,8 @@ FMHA_DEVICE float rcp_approx(float x) {
 }
 
 // The value of lane (own lane ^ lane_mask). All 32 lanes of the warp take part.
-FMHA_DEVICE float shfl_xor(float x, int lane_mask) {
-    return __shfl_xor_sync(0xffffffffu, x, lane_mask);
-}
-FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) {
-    return __shfl_xor_sync(0xffffffffu, x, lane_mask);
-}
+FMHA_DEVICE float shfl_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+FMHA_DEVICE uint32_t shfl_xor(uint32_t x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
 
 // The value of lane `lane` (its low five bits). All 32 lanes of the warp take part.
 FMHA_DEVICE float shfl_idx(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -134,23 +127,16 @@ FMHA_DEVICE Vec4 ld_global_v4(const void* src) {
 FMHA_DEVICE void st_global_v4(void* dst, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
-                 : "l"(__cvta_generic_to_global(dst)), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]),
-                   "r"(v.x[3])
+                 : "l"(__cvta_generic_to_global(dst)), "r"(v.x[0]), "r"(v.x[1]), "r"(v.x[2]), "r"(v.x[3])
                  : "memory");
 }
 
 FMHA_DEVICE void st_global_u32(void* dst, uint32_t x) {
-    asm volatile("st.global.u32 [%0], %1;"
-                 :
-                 : "l"(__cvta_generic_to_global(dst)), "r"(x)
-                 : "memory");
+    asm volatile("st.global.u32 [%0], %1;" : : "l"(__cvta_generic_to_global(dst)), "r"(x) : "memory");
 }
 
 FMHA_DEVICE void st_global_f32(float* dst, float x) {
-    asm volatile("st.global.f32 [%0], %1;"
-                 :
-                 : "l"(__cvta_generic_to_global(dst)), "f"(x)
-                 : "memory");
+    asm volatile("st.global.f32 [%0], %1;" : : "l"(__cvta_generic_to_global(dst)), "f"(x) : "memory");
 }
 
 // ld.global.nc through the intrinsics: the memory is constant while the kernel runs, and the

@@ -20,9 +20,7 @@ FMHA_DEVICE void mbarrier_init(uint32_t bar, int arrivals) {
 
 // Makes freshly initialised barriers visible to the copy engine; the CTA still needs a barrier of
 // its own.
-FMHA_DEVICE void mbarrier_init_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
-}
+FMHA_DEVICE void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
 
 FMHA_DEVICE void mbarrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(bar) : "memory");
@@ -30,10 +28,7 @@ FMHA_DEVICE void mbarrier_arrive(uint32_t bar) {
 
 // Arrives and announces `bytes` that copies will deliver in this phase.
 FMHA_DEVICE void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :
-                 : "r"(bar), "r"(bytes)
-                 : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(bar), "r"(bytes) : "memory");
 }
 
 FMHA_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
@@ -50,8 +45,7 @@ FMHA_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 
 // Copies the box of a tensor map at coordinates (c0 innermost) to shared memory and counts its
 // bytes on `bar`. Elements outside the tensor arrive as zeros and count too.
-FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2,
-                             int c3) {
+FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2, int c3) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
         "[%1, {%3, %4, %5, %6}], "
@@ -61,15 +55,11 @@ FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0
         : "memory");
 }
 
-FMHA_DEVICE void tma_prefetch_map(const void* map) {
-    asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
-}
+FMHA_DEVICE void tma_prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory"); }
 
 // Orders this thread's ordinary accesses to shared memory before later accesses of the copy engine
 // and the tensor cores.
-FMHA_DEVICE void fence_async_shared() {
-    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-}
+FMHA_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
 // wgmma runs behind the program: fence before the first one after touching its registers, commit a
 // batch, wait until at most kPending batches are in flight.

@@ -81,27 +81,25 @@ namespace fmha {
 template <class Element, int kN>
 struct Wgmma;
 
-#define FMHA_WGMMA(Element, type, N, n, i0, i1, i2, i3, i4, i5)                                  \
-    template <>                                                                                  \
-    struct Wgmma<Element, N> {                                                                   \
-        FMHA_DEVICE static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {  \
-            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i2                                   \
-                         ", 0;\n"                                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type         \
-                         " {" FMHA_D##n "}, %" i0 ", %" i1 ", p, 1, 1, 0, 0; }"                  \
-                         : FMHA_C##n(d)                                                          \
-                         : "l"(a), "l"(b), "r"(accumulate));                                     \
-        }                                                                                        \
-        FMHA_DEVICE static void rs_trans(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,  \
-                                         int accumulate) {                                       \
-            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i5                                   \
-                         ", 0;\n"                                                                \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type         \
-                         " {" FMHA_D##n "}, {%" i0 ", %" i1 ", %" i2 ", %" i3 "}, %" i4          \
-                                        ", p, 1, 1, 1; }"                                        \
-                         : FMHA_C##n(d)                                                          \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)); \
-        }                                                                                        \
+#define FMHA_WGMMA(Element, type, N, n, i0, i1, i2, i3, i4, i5)                                                   \
+    template <>                                                                                                   \
+    struct Wgmma<Element, N> {                                                                                    \
+        FMHA_DEVICE static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {                   \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i2                                                    \
+                         ", 0;\n"                                                                                 \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FMHA_D##n           \
+                         "}, %" i0 ", %" i1 ", p, 1, 1, 0, 0; }"                                                  \
+                         : FMHA_C##n(d)                                                                           \
+                         : "l"(a), "l"(b), "r"(accumulate));                                                      \
+        }                                                                                                         \
+        FMHA_DEVICE static void rs_trans(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" i5                                                    \
+                         ", 0;\n"                                                                                 \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FMHA_D##n           \
+                         "}, {%" i0 ", %" i1 ", %" i2 ", %" i3 "}, %" i4 ", p, 1, 1, 1; }"                        \
+                         : FMHA_C##n(d)                                                                           \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                  \
+        }                                                                                                         \
     };
 #define FMHA_WGMMA_N(N, n, i0, i1, i2, i3, i4, i5)        \
     FMHA_WGMMA(Fp16, "f16", N, n, i0, i1, i2, i3, i4, i5) \

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What driver.py can refuse without a GPU."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from fmha_runtime import driver
+from fmha_runtime.errors import ArtifactError
+
+
+def elf(sections: list[tuple[int, int, int]]) -> bytes:
+    """A 64-bit ELF image with nothing but section headers (type, offset, size) behind 64 bytes of header."""
+    head = bytearray(64)
+    head[:4] = b"\x7fELF"
+    struct.pack_into("<Q", head, 0x28, 64)
+    struct.pack_into("<HH", head, 0x3A, 64, len(sections))
+    table = bytearray(64 * len(sections))
+    for i, (kind, offset, size) in enumerate(sections):
+        struct.pack_into("<I", table, 64 * i + 4, kind)
+        struct.pack_into("<QQ", table, 64 * i + 0x18, offset, size)
+    return bytes(head + table)
+
+
+def test_a_whole_image_passes():
+    image = elf([(1, 0, 64), (8, 64, 1 << 20)])  # a section without bits in the file may be any size
+    driver._check_whole("k", image)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [elf([(1, 0, 64)])[:-1], elf([(1, 100, 1000)]), b"\x7fELF", elf([(1, 0, 64)])[:40]],
+    ids=["table cut", "section past the end", "magic only", "header cut"],
+)
+def test_truncated_images_are_refused(image):
+    with pytest.raises(ArtifactError, match=r"truncated.*fmha build --force k"):
+        driver._check_whole("k", image)
