@@ -286,10 +286,11 @@ def _check_whole(name: str, image: bytes) -> None:
     """
     size = len(image)
     try:
-        (headers,) = struct.unpack_from("<Q", image, 0x28)
-        entry, count = struct.unpack_from("<HH", image, 0x3A)
-        end = headers + entry * count
-        for at in range(headers, end, entry):
+        segments, headers = struct.unpack_from("<QQ", image, 0x20)
+        segment, segment_count, entry, count = struct.unpack_from("<HHHH", image, 0x36)
+        table = headers + entry * count
+        end = max(table, segments + segment * segment_count)
+        for at in range(headers, table, entry):
             (kind,) = struct.unpack_from("<I", image, at + 4)
             offset, length = struct.unpack_from("<QQ", image, at + 0x18)
             end = max(end, offset if kind == _SHT_NOBITS else offset + length)
