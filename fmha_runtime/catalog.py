@@ -123,6 +123,15 @@ _FEATURE_TILES: dict[tuple[tuple[int, int], str], tuple[str | None, str | None, 
     ((256, 256), "paged"): (None, "128x48 w8 s2 c1", None),
 }
 
+# ptxas wants more registers for sm120 than for sm86 and sm89: (packed, the others), None: as those.
+_SM120_TILES: dict[tuple[int, int], tuple[str, str | None]] = {
+    (40, 40): ("128x64 w4 s2 c2", "128x64 w4 s2 c2"),
+    (48, 48): ("128x64 w4 s2 c2", "128x64 w4 s2 c2"),
+    (64, 64): ("64x64 w4 s2 c2", None),
+    (192, 192): ("64x16 w4 s2 c1", None),
+    (256, 256): ("64x16 w4 s2 c1", None),
+}
+
 _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
     (mask, score, kv)
     for mask in Mask
@@ -209,6 +218,10 @@ def tile(spec: KernelSpec) -> Tile:
 
 def _mma_tile(spec: KernelSpec) -> str:
     dims, column = (spec.head_dim, spec.head_dim_v), _COLUMN[spec.arch]
+    if spec.arch is Arch.SM120 and dims in _SM120_TILES:
+        text = _SM120_TILES[dims][spec.mask is not Mask.PACKED]
+        if text is not None:
+            return text
     for word in (spec.mask.value, spec.score.value, spec.kv.value):
         special = _FEATURE_TILES.get((dims, word))
         if special is not None and (text := special[column]) is not None:
