@@ -300,7 +300,8 @@ def _make_plan(
 
         stream = torch.cuda.current_stream(q.device).cuda_stream
     kernel = launch.load(choice.spec, device=where, stream=stream or 0)
-    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras)
+    cu_q, cu_k, _, _, used, _ = lengths
+    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras, (cu_q, cu_k, used))
 
 
 def _arch(index: int) -> Arch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +125,15 @@ class Plan:
         v: torch.Tensor,
         out: torch.Tensor | None = None,
         extras: Extras = NO_EXTRAS,
+        lengths: tuple[Any, Any, Any] = (None, None, None),  # cu_seqlens_q, cu_seqlens_k, seqused_k
     ) -> None:
         import torch
 
         self.spec, self.tile, self.kernel, self.shape, self.options = spec, tile, kernel, shape, opts
         self._asked = extras.given
+        self._lengths = tuple(None if t is None else geometry(t) for t in lengths)
+        self._out_shape, self._lse_shape = shape.out, shape.lse
+        self._debug = config.debug()
         self.geometry = (geometry(q), geometry(k), geometry(v))
         self._lock = threading.Lock()
         self._threads = tile.threads
@@ -173,6 +178,9 @@ class Plan:
         self._block = block
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         self._argument_address = ctypes.addressof(self._argument)
+
+    def __str__(self) -> str:
+        return f"{self.spec.name} tile {self.tile} grid {self.grid} smem {self._smem} {self.shape} {self.options}"
 
     def _ctas(self) -> int:
         """CTAs of a Hopper kernel: one a tile, or as many as fit the GPU at once."""
@@ -244,11 +252,13 @@ class Plan:
         """
         if (geometry(q), geometry(k), geometry(v)) != self.geometry:
             self._refuse(q, k, v)
-        if out is not None and (out.shape != self.shape.out or out.stride() != self._out_strides):
+        if out is not None and (out.shape != self._out_shape or out.stride() != self._out_strides):
             raise InputError(
                 f"out has shape {tuple(out.shape)} and strides {out.stride()}; this plan writes "
-                f"{self.shape.out} with strides {tuple(self._out_strides)}"
+                f"{self._out_shape} with strides {tuple(self._out_strides)}"
             )
+        if not (cu_seqlens_q is cu_seqlens_k is seqused_k is None and self._lengths == (None, None, None)):
+            self._check_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k)
         extras = NO_EXTRAS
         if not (alibi_slopes is sinks is page_table is mask is None):
             extras = Extras(alibi_slopes, sinks, page_table, mask)
@@ -258,6 +268,17 @@ class Plan:
                 f"this one was made with {self._asked}, this run has {extras.given}"
             )
         return self.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)
+
+    def _check_lengths(self, *given: torch.Tensor | None) -> None:
+        for name, tensor, planned in zip(
+            ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"), given, self._lengths, strict=True
+        ):
+            now = None if tensor is None else geometry(tensor)
+            if now != planned:
+                raise InputError(
+                    f"{name} has (shape, strides, dtype, device) {now}; this plan was made for {planned}: "
+                    "make another plan, or call attention()"
+                )
 
     def _refuse(self, *given: torch.Tensor) -> None:
         for name, tensor, planned in zip("qkv", given, self.geometry, strict=True):
@@ -283,18 +304,20 @@ class Plan:
         """``run`` without the geometry check, for callers that looked the plan up by geometry."""
         torch = self._torch
         if out is None:
-            out = torch.empty(self.shape.out, dtype=q.dtype, device=q.device)
+            out = torch.empty(self._out_shape, dtype=q.dtype, device=q.device)
             if self._emulated:
                 out.fill_(float("nan"))  # what a kernel forgets to write shows
         lse = None
         if return_lse:
-            lse = torch.empty(self.shape.lse, dtype=torch.float32, device=q.device)
+            lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
         if self.grid:
             addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
             if (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15:
                 for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
                     tensors.check_address(name, tensor)
             p = self._params
+            if self._debug:  # before the launch, so that the call that crashes is the last line
+                print(f"fmha: {self}", file=sys.stderr, flush=True)
             with self._lock:
                 p.q, p.k, p.v, p.o = addresses
                 p.lse = None if lse is None else lse.data_ptr()
@@ -429,5 +452,6 @@ def run(
             f"{spec.name} does not compute {dtype.value} with head dims {wanted[1]}x{wanted[2]}, {family.value} mask, "
             f"{score.value} scores, {shape.kv.value} K and V"
         )
-    plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras, lengths)
     return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)

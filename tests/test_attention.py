@@ -107,6 +107,37 @@ def test_plan_runs_like_the_call_and_refuses_other_geometry():
         plan.run(q[:, :49], k, v)
 
 
+def test_plan_wants_the_lengths_it_was_made_with():
+    q, k, v = (t[0] for t in qkv(1, 30, 30, 2, 2, 32))
+    cu = torch.tensor([0, 10, 30], dtype=torch.int32)
+    plan = fmha.plan(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=20, device="emulator"
+    )
+    want = fmha.attention_varlen(q, k, v, cu, cu, 20, 20, device="emulator")
+    assert torch.equal(plan.run(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu), want)
+    with pytest.raises(fmha.InputError, match="cu_seqlens_q has .* None; this plan was made for"):
+        plan.run(q, k, v)
+    with pytest.raises(fmha.InputError, match="seqused_k has"):
+        plan.run(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
+
+
+def test_debug_prints_a_line_before_each_launch(monkeypatch, capsys):
+    monkeypatch.setenv("FMHA_DEBUG", "1")
+    q, k, v = qkv(1, 9, 11, 1, 1, 32, seed=7)
+    plan = fmha.plan(q, k, v, causal=True, device="emulator")
+    plan.run(q, k, v)
+    line = capsys.readouterr().err
+    assert line.startswith("fmha: fmha_fwd_sm80_bf16_d32 tile") and "causal=True" in line
+
+
+def test_hopper_kernels_on_the_emulator():
+    for options in ({"causal": True}, {"window": (40, 9)}, {"softcap": 4.0}, {"sinks": torch.ones(4)}):
+        q, k, v = qkv(2, 150, 210, 4, 2, 64)
+        assert fmha.explain(q, k, v, device="emulator:sm90", **options).chosen.arch.value == "sm90a"
+        out = fmha.attention(q, k, v, device="emulator:sm90", **options)
+        assert close(out, reference.attention(q, k, v, **options)[0], q.dtype)
+
+
 def test_plans_are_cached_by_geometry_and_options():
     from fmha_runtime import api
 
