@@ -110,12 +110,10 @@ def test_plan_runs_like_the_call_and_refuses_other_geometry():
 def test_plan_wants_the_lengths_it_was_made_with():
     q, k, v = (t[0] for t in qkv(1, 30, 30, 2, 2, 32))
     cu = torch.tensor([0, 10, 30], dtype=torch.int32)
-    plan = fmha.plan(
-        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=20, device="emulator"
-    )
+    plan = fmha.plan(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=20, device="emulator")
     want = fmha.attention_varlen(q, k, v, cu, cu, 20, 20, device="emulator")
     assert torch.equal(plan.run(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu), want)
-    with pytest.raises(fmha.InputError, match="cu_seqlens_q has .* None; this plan was made for"):
+    with pytest.raises(fmha.InputError, match=r"cu_seqlens_q has .* None; this plan was made for"):
         plan.run(q, k, v)
     with pytest.raises(fmha.InputError, match="seqused_k has"):
         plan.run(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, seqused_k=cu[1:])
