@@ -286,7 +286,7 @@ def verify(
         specs = [spec]
     else:
         if device.startswith("cuda") and not chosen.names and not chosen.arch:
-            chosen = Selection(**{**vars(chosen), "arch": (selection.device_arch(),)})
+            chosen = Selection(**{**vars(chosen), "arch": selection.device_arch().targets})
         specs = chosen.kernels()
     items = []
     worst = 0

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import build, driver, emulator, manifest
+from . import build, dispatch, driver, emulator, manifest
 from .errors import DriverError, FmhaError, ToolchainError
 from .integrations import transformers as adapter
 from .progress import BuildProgress
@@ -131,7 +131,7 @@ def _build(dtype: DType, device: str) -> None:
     arch = Arch.for_capability(*driver.capability(0))
     if arch is None:
         raise DriverError("no kernels for this GPU; `--device emulator` runs without it")
-    spec = KernelSpec(Op.FWD, arch, dtype, HEAD_DIM, HEAD_DIM)
+    spec = dispatch.choose(dispatch.Problem(arch, dtype, HEAD_DIM, HEAD_DIM)).spec
     with _step(f"kernel {spec.name} (nvcc)"):
         if manifest.find(spec) is None:
             with BuildProgress() as progress:

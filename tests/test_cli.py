@@ -366,10 +366,11 @@ def test_the_default_arch_is_the_gpus(hopper, monkeypatch):
     result = fmha("verify", "--head-dim", "64", *PLAIN)
     assert result.exit_code == 1
     assert [(spec.name, device, via) for spec, device, via in asked] == [
-        ("fmha_fwd_sm90_bf16_d64", "cuda:0", "cubin"),
-        ("fmha_fwd_sm90_fp16_d64", "cuda:0", "cubin"),
+        (f"fmha_fwd_{target}_{dtype}_d64", "cuda:0", "cubin")
+        for target in ("sm90", "sm90a")
+        for dtype in ("bf16", "fp16")
     ]
-    assert names(result) == ["FAIL", "FAIL"]
+    assert names(result) == ["FAIL"] * 4
     asked.clear()
     fmha("verify", "--arch", "sm80", "--head-dim", "64", "--via", "ptx", "--device", "cuda:1")
     assert {(spec.arch, device, via) for spec, device, via in asked} == {(Arch.SM80, "cuda:1", "ptx")}
