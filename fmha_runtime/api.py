@@ -310,7 +310,8 @@ def _arch(index: int) -> Arch:
     if found is None:
         raise UnsupportedProblem(
             f"no kernels for compute capability {capability[0]}.{capability[1]}; there are kernels for "
-            + ", ".join(f"{a.capability[0]}.{a.capability[1]}" for a in Arch)
+            + ", ".join(dict.fromkeys(f"{a.capability[0]}.{a.capability[1]}" for a in Arch))
+            + ". fallback='torch' runs it in plain torch instead, if that is what you want."
         )
     return found
 

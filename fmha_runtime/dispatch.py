@@ -107,9 +107,17 @@ def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
     return reasons
 
 
-@lru_cache(maxsize=4096)
 def trace(problem: Problem) -> Trace:
     """Walks every row of the catalogue. Never raises: ``chosen`` is None when nothing fits."""
+    p = problem
+    chosen, rejected = _walk(Problem(p.arch, p.dtype, p.head_dim, p.head_dim_v, p.op, p.mask, p.score, p.kv))
+    return Trace(problem, chosen, rejected)
+
+
+@lru_cache(maxsize=4096)
+def _walk(problem: Problem) -> tuple[KernelSpec | None, tuple[tuple[KernelSpec, str], ...]]:
+    """The walk itself, for a problem without lengths: no row depends on them, and a serving process meets new ones
+    all the time."""
     accepted: list[KernelSpec] = []
     rejected: list[tuple[KernelSpec, list[str]]] = []
     for spec in catalog.enumerate_specs():
@@ -125,10 +133,9 @@ def trace(problem: Problem) -> Trace:
         assert chosen is not None
         why = f"computes the same; {chosen.arch.value} kernels are faster on this GPU"
         rejected.append((spec, [why]))
-    # What nearly fitted is worth reading; the other 120 rows are not.
+    # What nearly fitted is worth reading; the hundreds of others are not.
     rejected.sort(key=lambda item: (len(item[1]), _distance(item[0], problem), item[0].name))
-    near = tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])
-    return Trace(problem, chosen, near)
+    return chosen, tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])
 
 
 def _distance(spec: KernelSpec, problem: Problem) -> int:

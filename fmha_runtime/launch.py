@@ -82,6 +82,11 @@ def load(
     if via == "ptx":
         image = build.compile_ptx(spec, tile)
     elif via == "cubin":
+        if tile is not None and tile != catalog.tile(spec):
+            raise InputError(
+                f"tile {tile} was asked for, but the cubins of {spec.name} are built with {catalog.tile(spec)}: "
+                "use via='ptx' or the emulator to try another tile"
+            )
         image = manifest.load_image(_built(spec))
     else:
         raise InputError(f"via is {via!r}; 'cubin' or 'ptx' is needed")
@@ -94,7 +99,9 @@ def _built(spec: KernelSpec) -> manifest.KernelRow:
         return row
     command = f"fmha build {spec.name}"
     if config.build_on_demand():
-        build.build([spec])
+        (result,) = build.build([spec])
+        if result.error is not None:
+            raise result.error
         row = manifest.find(spec)
         if row is not None:
             return row

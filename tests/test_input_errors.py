@@ -118,3 +118,35 @@ def test_missing_kernel_names_the_command(monkeypatch, tmp_path):
     with pytest.raises(fmha.KernelNotBuilt, match="fmha build fmha_fwd_sm90_bf16_d128") as caught:
         launch.load(spec, device="cuda:0")
     assert caught.value.command == "fmha build fmha_fwd_sm90_bf16_d128"
+
+
+def test_a_failed_build_on_demand_shows_the_compilers_error(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from fmha_runtime import launch
+    from fmha_runtime.spec import KernelSpec
+
+    error = fmha.BuildError("nvcc exited with 1", command="nvcc", log="boom")
+    monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")
+    monkeypatch.setattr(launch.manifest, "find", lambda spec: None)
+    monkeypatch.setattr(launch.build, "build", lambda specs: [SimpleNamespace(error=error)])
+    with pytest.raises(fmha.BuildError, match="nvcc exited with 1"):
+        launch.load(KernelSpec.parse("fmha_fwd_sm90_bf16_d128"), device="cuda:0")
+
+
+def test_another_tile_is_not_silently_the_built_one():
+    from fmha_runtime import launch
+    from fmha_runtime.catalog import Tile
+    from fmha_runtime.spec import KernelSpec
+
+    spec = KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
+    with pytest.raises(fmha.InputError, match="are built with 64x64 w4 s2 c2 q"):
+        launch.load(spec, device="cuda:0", tile=Tile.parse("128x32 w4 s2 c2"))
+
+
+def test_a_gpu_without_kernels_is_told_which_have_some(monkeypatch):
+    from fmha_runtime import api
+
+    monkeypatch.setattr(api.driver, "capability", lambda index: (10, 0))
+    with pytest.raises(fmha.UnsupportedProblem, match=r"8\.0, 8\.6, 8\.9, 9\.0, 12\.0\. fallback='torch'"):
+        api._arch(0)
