@@ -17,6 +17,16 @@ from fmha_runtime.errors import ArtifactError
 pytestmark = pytest.mark.usefixtures("own_cache", "fake_nvcc")
 
 
+@pytest.fixture(autouse=True)
+def package_without_cubins(request, tmp_path, monkeypatch):
+    """The committed manifest as a fresh clone has it, whatever `make kernels` has put beside it here."""
+    if request.cls is None:
+        root = tmp_path / "package"
+        root.mkdir()
+        (root / "manifest.json").write_text((config.package_root() / "manifest.json").read_text())
+        monkeypatch.setattr(config, "package_root", lambda: root)
+
+
 @pytest.fixture
 def row():
     """The row of one kernel in the cache."""
