@@ -307,15 +307,18 @@ class Plan:
         seqused_k: torch.Tensor | None,
         stream: int | None,
         extras: Extras = NO_EXTRAS,
+        lse: torch.Tensor | None = None,
     ) -> Any:
-        """``run`` without the geometry check, for callers that looked the plan up by geometry."""
+        """``run`` without the geometry check, for callers that looked the plan up by geometry.
+
+        ``lse`` is a contiguous tensor to write instead of a new one; only with ``return_lse``.
+        """
         torch = self._torch
         if out is None:
             out = torch.empty(self._out_shape, dtype=q.dtype, device=q.device)
             if self._emulated:
                 out.fill_(float("nan"))  # what a kernel forgets to write shows
-        lse = None
-        if return_lse:
+        if return_lse and lse is None:
             lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
         if self.grid:
             addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
@@ -437,11 +440,14 @@ def run(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     return_lse: bool = False,
     stream: int | None = None,
     tile: Tile | None = None,
 ) -> Any:
     """One call on exactly this kernel, with the checks of the public calls: what verification is built on.
+
+    ``lse`` is a contiguous fp32 tensor to write instead of a new one, so that what lies around it can be watched.
 
     Raises:
         InputError: bad tensors or options, or a problem that this kernel does not compute.
@@ -460,5 +466,17 @@ def run(
             f"{score.value} scores, {shape.kv.value} K and V"
         )
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if lse is not None and not (return_lse and _is_lse(lse, shape, q)):
+        raise InputError(
+            f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; this call needs return_lse=True and a contiguous "
+            f"torch.float32 {shape.lse} on {q.device}"
+        )
     plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras, lengths)
-    return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)
+    return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse)
+
+
+def _is_lse(lse: torch.Tensor, shape: Shape, q: torch.Tensor) -> bool:
+    import torch
+
+    form = (tuple(lse.shape), lse.dtype, lse.device)
+    return form == (shape.lse, torch.float32, q.device) and lse.is_contiguous()

@@ -29,6 +29,7 @@ REL_L2_LIMIT = {DType.BF16: 3e-3, DType.FP16: 4e-4}
 LSE_LIMIT = 1e-3
 
 _CANARY = -1280.0  # exact in fp16 and bf16; no case comes near it
+_GUARD = 64  # floats before and after the log-sum-exp
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,12 @@ class _Check:
 
     def result(self) -> CaseResult:
         canvas, outside, out = self._canvas()
-        got, got_lse = self.run(out=out, return_lse=True)
-        if not self._check_form(got, got_lse, out):
+        lse_canvas, lse_outside, lse = self._lse_canvas()
+        got, got_lse = self.run(out=out, lse=lse, return_lse=True)
+        if not self._check_form(got, got_lse, out, lse):
             return CaseResult(self.case, "FAIL", "", tuple(self.failures), math.inf, 1.0)
-        self._check_canary(canvas, outside)
+        self._check_canary("the output", canvas, outside)
+        self._check_canary("the log-sum-exp", lse_canvas, lse_outside)
         got, got_lse = self._inside(got), self._inside_lse(got_lse)
         ref, ref_lse = self._reference(reference.attention, reference.attention_varlen)
         base, _ = self._reference(reference.baseline, reference.baseline_varlen)
@@ -175,25 +178,37 @@ class _Check:
         canvas.masked_fill_(~outside, float("nan"))
         return canvas, outside, view(canvas)
 
-    def _check_form(self, got: Tensor, got_lse: Tensor, out: Tensor) -> bool:
+    def _lse_canvas(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for the log-sum-exp, which is contiguous: canaries before it, after it, and in the tokens that no
+        sequence has.
+        """
         import torch
 
-        *lead, rows, heads, _ = self.given.q.shape
+        q = self.given.q
+        *lead, rows, heads, _ = q.shape
+        shape = (*lead, heads, rows)
+        count = math.prod(shape)
+        canvas = torch.full((count + 2 * _GUARD,), _CANARY, dtype=torch.float32, device=q.device)
+        outside = torch.ones_like(canvas, dtype=torch.bool)
+        self._inside_lse(outside[_GUARD : _GUARD + count].view(shape))[:] = False
+        canvas.masked_fill_(~outside, float("nan"))
+        return canvas, outside, canvas[_GUARD : _GUARD + count].view(shape)
+
+    def _check_form(self, got: Tensor, got_lse: Tensor, out: Tensor, lse: Tensor) -> bool:
         form = (tuple(got.shape), got.dtype, got.data_ptr())
         if form != (tuple(out.shape), out.dtype, out.data_ptr()):
             self.fail("output", f"returned {form[:2]}, which is not the tensor passed as out=")
-        lse_form = (tuple(got_lse.shape), got_lse.dtype)
-        want = ((*lead, heads, rows), torch.float32)
-        if lse_form != want:
-            self.fail("lse", f"returned {lse_form}, expected {want}")
+        lse_form = (tuple(got_lse.shape), got_lse.dtype, got_lse.data_ptr())
+        if lse_form != (tuple(lse.shape), lse.dtype, lse.data_ptr()):
+            self.fail("lse", f"returned {lse_form[:2]}, which is not the tensor passed as lse=")
         return not self.failures
 
-    def _check_canary(self, canvas: Tensor, outside: Tensor) -> None:
+    def _check_canary(self, what: str, canvas: Tensor, outside: Tensor) -> None:
         written = (outside & (canvas != _CANARY)).nonzero()
         if len(written):
             first = tuple(written[0].tolist())
             where = {"coordinate": first, "got": float(canvas[first]), "want": _CANARY}
-            self.fail("canary", f"{len(written)} elements around the output were written", **where)
+            self.fail("canary", f"{len(written)} elements around {what} were written", **where)
 
     def _check_output(self, got: Tensor, ref: Tensor, base: Tensor) -> tuple[float, float]:
         error = (got.double() - ref).abs().nan_to_num(nan=math.inf)

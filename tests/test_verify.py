@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import reference, verify, verify_cases
+from fmha_runtime import launch, reference, verify, verify_cases
 from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
 from fmha_runtime.spec import KernelSpec
 from fmha_runtime.verify_cases import cases
@@ -30,19 +30,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def right(q: Any, k: Any, v: Any, *, out: Any = None, return_lse: bool = False, **options: Any) -> Any:
+def right(
+    q: Any, k: Any, v: Any, *, out: Any = None, lse: Any = None, return_lse: bool = False, **options: Any
+) -> Any:
     """What a kernel does, in float32 and rounded once at the end."""
     cu_q, cu_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
     options = {key: x for key, x in options.items() if not key.startswith("max_seqlen")}
     if out is None:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
     if cu_q is None:
-        full, lse = reference.attention(q, k, v, **options, compute_dtype=torch.float32)
-        out.copy_(full)
+        full, full_lse = reference.attention(q, k, v, **options, compute_dtype=torch.float32)
+        rows = q.shape[1]
     else:
-        full, lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **options, compute_dtype=torch.float32)
+        full, full_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, **options, compute_dtype=torch.float32)
         rows = int(cu_q[-1])  # tokens after the last sequence are not written
-        out[:rows] = full[:rows].to(out.dtype)
+    out[..., :rows, :, :] = full[..., :rows, :, :].to(out.dtype)
+    if lse is None:
+        lse = full_lse
+    else:
+        lse[..., :rows] = full_lse[..., :rows]
     return (out, lse) if return_lse else out
 
 
@@ -86,10 +92,11 @@ def test_a_right_kernel_passes(name: str) -> None:
 def test_the_low_precision_baseline_itself_passes_the_max_rule() -> None:
     case = next(c for c in cases(SPEC) if str(c).startswith("b=2 sq=257 sk=257"))
 
-    def run(q: Any, k: Any, v: Any, *, out: Any = None, return_lse: bool = False, **o: Any) -> Any:
+    def run(q: Any, k: Any, v: Any, *, out: Any = None, lse: Any = None, return_lse: bool = False, **o: Any) -> Any:
         options = {key: o[key] for key in ("causal", "window", "scale", "seqused_k")}
-        base, lse = reference.baseline(q, k, v, **options)
+        base, base_lse = reference.baseline(q, k, v, **options)
         base = base if out is None else out.copy_(base)
+        lse = base_lse if lse is None else lse.copy_(base_lse)
         return (base, lse) if return_lse else base
 
     result = verify.check_case(SPEC, case, "cpu", run)
@@ -108,6 +115,21 @@ def overwrite_next_head(out: Any, lse: Any) -> None:
     if out.untyped_storage().nbytes() > out.numel() * out.element_size():  # a view of something
         beyond = out.storage_offset() + out.shape[-2] * out.stride(-2)
         out.as_strided((1,), (1,), beyond)[0] = 0
+
+
+def overwrite_behind_lse(out: Any, lse: Any) -> None:
+    if lse.untyped_storage().nbytes() > lse.numel() * lse.element_size():
+        lse.as_strided((1,), (1,), lse.storage_offset() + lse.numel())[0] = 0
+
+
+def overwrite_before_lse(out: Any, lse: Any) -> None:
+    if lse.storage_offset():
+        lse.as_strided((1,), (1,), lse.storage_offset() - 1)[0] = -math.inf
+
+
+def write_lse_of_no_token(out: Any, lse: Any) -> None:
+    if lse.ndim == 2 and lse.storage_offset():
+        lse[0, -1] = 0  # packed tensors of the cases end with tokens of no sequence
 
 
 def forget_last_row(out: Any, lse: Any) -> None:
@@ -142,6 +164,9 @@ def slightly_off_everywhere(out: Any, lse: Any) -> None:
         (wrong(infinite_the_wrong_way), "lse"),
         (wrong(tiny_where_empty), "empty rows"),
         (wrong(overwrite_next_head), "canary"),
+        (wrong(overwrite_behind_lse), "canary"),
+        (wrong(overwrite_before_lse), "canary"),
+        (wrong(write_lse_of_no_token), "canary"),
         (ignoring("causal"), "output"),
         (ignoring("window"), "output"),
         (ignoring("scale"), "output"),
@@ -207,6 +232,27 @@ def test_an_lse_of_the_wrong_form_is_caught() -> None:
         return (out, lse.transpose(-1, -2).double()) if return_lse else out
 
     assert checks(run) == {"lse"}
+
+
+def test_an_lse_that_is_not_the_one_passed_is_caught() -> None:
+    def run(*args: Any, lse: Any = None, **options: Any) -> Any:
+        return right(*args, **options)
+
+    assert checks(run) == {"lse"}
+
+
+def test_a_tensor_for_the_lse_is_checked() -> None:
+    kernel = launch.load(SPEC, device="emulator")
+    q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
+    room = torch.full((200,), 7.0)
+    out, lse = launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
+    assert lse.data_ptr() == room[40:].data_ptr() and (room[:40] == 7).all() and (room[80:] == 7).all()
+    assert torch.equal(lse, launch.run(kernel, SPEC, q, q, q, return_lse=True)[1])
+    for bad in (room[:40].view(1, 20, 2), room[:40].view(1, 2, 20).double(), room[:80].view(1, 2, 40)[..., ::2]):
+        with pytest.raises(InputError, match=r"contiguous torch.float32 \(1, 2, 20\)"):
+            launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=bad)
+    with pytest.raises(InputError, match="return_lse=True"):
+        launch.run(kernel, SPEC, q, q, q, lse=room[:40].view(1, 2, 20))
 
 
 def test_a_fault_is_the_failure_of_its_case_and_the_next_case_runs() -> None:
