@@ -15,7 +15,7 @@ HAS_NVCC := $(or $(FMHA_NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cud
 comma := ,
 EXTRAS := demo,bench,test$(if $(HAS_NVCC),,$(comma)build)
 
-.PHONY: demo test lint format gpu-test gpu-verify bench kernels clean
+.PHONY: demo test lint format gpu-test gpu-verify gpu-sanitize bench kernels clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fmha_runtime.demo
@@ -45,6 +45,10 @@ gpu-test: $(VENV)/ready
 gpu-verify: $(VENV)/ready
 	$(BIN)/fmha build --arch sm90 --arch sm90a
 	$(BIN)/python tools/verify_all.py sm90=cubin sm90a=cubin sm80=ptx sm86=ptx sm89=ptx
+
+gpu-sanitize: $(VENV)/ready
+	$(BIN)/fmha build --arch sm90 --arch sm90a
+	$(BIN)/python tools/sanitize.py
 
 bench: $(VENV)/ready
 	$(BIN)/fmha build --arch sm90 --arch sm90a

@@ -30,9 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def right(
-    q: Any, k: Any, v: Any, *, out: Any = None, lse: Any = None, return_lse: bool = False, **options: Any
-) -> Any:
+def right(q: Any, k: Any, v: Any, *, out: Any = None, lse: Any = None, return_lse: bool = False, **options: Any) -> Any:
     """What a kernel does, in float32 and rounded once at the end."""
     cu_q, cu_k = options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None)
     options = {key: x for key, x in options.items() if not key.startswith("max_seqlen")}
@@ -245,7 +243,7 @@ def test_a_tensor_for_the_lse_is_checked() -> None:
     kernel = launch.load(SPEC, device="emulator")
     q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
     room = torch.full((200,), 7.0)
-    out, lse = launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
+    _, lse = launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
     assert lse.data_ptr() == room[40:].data_ptr() and (room[:40] == 7).all() and (room[80:] == 7).all()
     assert torch.equal(lse, launch.run(kernel, SPEC, q, q, q, return_lse=True)[1])
     for bad in (room[:40].view(1, 20, 2), room[:40].view(1, 2, 20).double(), room[:80].view(1, 2, 40)[..., ::2]):
@@ -361,6 +359,7 @@ def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.Monk
     monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
     argv = verify.sanitizer_argv("racecheck", ["verify", SPEC.name])
     assert argv[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
+    assert argv[argv.index("--kernel-name") + 1] == "kns=fmha_", "the reference's kernels are not instrumented"
     assert argv[-4:] == ["-m", "fmha_runtime", "verify", SPEC.name]
     with pytest.raises(InputError, match="memcheck"):
         verify.sanitizer_argv("leakcheck", [])
