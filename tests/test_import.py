@@ -23,7 +23,8 @@ FLOORS = {
     3: "call dispatch launch reference",
     4: "api",
     5: "verify verify_cases verify_check bench bench_record plots doctor inspection progress"
-    " report selection integrations integrations.transformers",
+    " report selection integrations integrations.transformers"
+    " compat compat.shared compat.kvcache compat.bert_padding compat.flash_attn compat.flash_attn_3",
     6: "cli demo",
     7: "__init__ __main__",
 }

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FlashAttention 3's functions on this library (its module is called ``flash_attn_interface``), forward only.
+
+Positions after q, k, v differ from version 2, so these are functions of their own. ``num_splits``, ``pack_gqa``,
+``sm_margin``, ``scheduler_metadata`` and ``deterministic`` are hints that the result does not depend on; FP8 scales,
+``qv`` and ``seqused_q`` are refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from . import kvcache, shared
+
+if TYPE_CHECKING:
+    import torch
+
+    Window = tuple[int | None, int | None]
+
+FUNCTIONS = (
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+)
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of q [B, Sq, H, D] over k [B, Sk, Hk, D] and v [B, Sk, Hk, Dv].
+
+    Returns:
+        out [B, Sq, H, Dv], or with return_attn_probs (out, softmax_lse [B, H, Sq]).
+
+    Raises:
+        UnsupportedProblem: an option that no kernel computes, or gradients.
+    """
+    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    chosen = shared.options(
+        "flash_attn_func", {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale, causal=causal,
+        window_size=window_size, softcap=softcap,
+    )  # fmt: skip
+    out, lse = shared.attend(q, k, v, chosen, lse=return_attn_probs)
+    return (out, lse) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """``flash_attn_func`` of qkv [B, S, 3, H, D], or [B, S, H + 2 Hk, D] with num_heads_q = H."""
+    if qkv.ndim == 5:
+        q, k, v = qkv.unbind(-3)
+    elif num_heads_q is None or (qkv.shape[2] - num_heads_q) % 2:
+        raise InputError(
+            f"qkv has shape {tuple(qkv.shape)} and num_heads_q is {num_heads_q}; [B, S, 3, H, D], or "
+            "[B, S, H + 2 Hk, D] with num_heads_q = H is needed"
+        )
+    else:
+        heads_k = (qkv.shape[2] - num_heads_q) // 2
+        q, k, v = qkv.split([num_heads_q, heads_k, heads_k], -2)
+    return flash_attn_func(
+        q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,
+        return_attn_probs=return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of packed sequences: q [Tq, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv].
+
+    Returns:
+        out [Tq, H, Dv], or with return_attn_probs (out, softmax_lse [H, Tq]).
+
+    Raises:
+        UnsupportedProblem: as ``flash_attn_func``.
+    """
+    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "seqused_q": seqused_q}
+    chosen = shared.options(
+        "flash_attn_varlen_func", {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale,
+        causal=causal, window_size=window_size, softcap=softcap,
+    )  # fmt: skip
+    longest = int(max_seqlen_q), int(max_seqlen_k)
+    out, lse = shared.attend(
+        q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, *longest, seqused_k=seqused_k, lse=return_attn_probs
+    )
+    return (out, lse) if return_attn_probs else out
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | int | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """As FlashAttention 2's; also packed queries (cu_seqlens_q, max_seqlen_q) and new keys (cu_seqlens_k_new).
+
+    Returns:
+        out in the form of q, or (out, softmax_lse, two empty tensors: the parts of split-KV kernels).
+
+    Raises:
+        UnsupportedProblem: as ``flash_attn_func``; InputError: arguments that contradict each other.
+    """
+    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    chosen = shared.options(
+        "flash_attn_with_kvcache", {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale,
+        causal=causal, window_size=window_size, softcap=softcap,
+    )  # fmt: skip
+    further = {
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "max_seqlen_q": max_seqlen_q,
+        "rotary_seqlens": rotary_seqlens,
+    }  # fmt: skip
+    out, lse = kvcache.attend(
+        q, k_cache, v_cache, k, v, chosen, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, table=page_table,
+        rotary_interleaved=rotary_interleaved, further=further, lse=return_softmax_lse,
+    )  # fmt: skip
+    return (out, lse, out.new_empty(0), out.new_empty(0)) if return_softmax_lse else out
