@@ -50,6 +50,7 @@ def attention(
     device: str | None = None,
     stream: int | None = None,
     fallback: str | None = None,
+    tile: str | None = None,
 ) -> Result:
     """Softmax attention, ``softmax(scale * q k^T + mask) v``, on a batch of equally long sequences.
 
@@ -74,6 +75,9 @@ def attention(
             None = where the tensors are (CPU tensors go to the torch reference).
         stream: CUstream handle; default the current stream of the tensors' device.
         fallback: "torch" runs a problem that no kernel computes in plain torch; None raises.
+        tile: for experiments: force a tile ("128x176", or all of it: "128x176 w12 s2 c1"), a target ("sm90" instead of
+            sm90a on Hopper) or both ("sm90 128x64"). A cubin of a tile that the catalogue does not use is built at the
+            first call.
 
     Returns:
         out [B, Sq, H, Dv] in q's dtype, or (out, lse) with lse [B, H, Sq] fp32.
@@ -87,7 +91,7 @@ def attention(
     """
     return _call(
         q, k, v, None, None, None, None, causal, window, scale, softcap, attention_chunk, alibi_slopes, sinks, None,
-        mask, seqused_k, out, return_lse, device, stream, fallback,
+        mask, seqused_k, out, return_lse, device, stream, fallback, False, tile,
     )  # fmt: skip
 
 
@@ -207,7 +211,7 @@ def attention_with_kvcache(
 def _call(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
     softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, mask: Any, used: Any, out: Any, return_lse: bool,
-    device: Any, stream: Any, fallback: Any, cache: bool = False,
+    device: Any, stream: Any, fallback: Any, cache: bool = False, tile: str | None = None,
 ) -> Any:  # fmt: skip
     # The hot path: one dictionary look-up stands for every check that depends on geometry and options.
     extras, optional = NO_EXTRAS, None
@@ -219,7 +223,7 @@ def _call(
     try:
         key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
-            v.dtype, v.device, causal, window, scale, softcap, chunk, device, max_q, max_k, cache, optional,
+            v.dtype, v.device, causal, window, scale, softcap, chunk, device, max_q, max_k, cache, tile, optional,
             None if out is None else launch.geometry(out),
             None if used is None else launch.geometry(used),
             None if cu_q is None else launch.geometry(cu_q),
@@ -233,7 +237,7 @@ def _call(
         options = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": chunk
         }  # fmt: skip
-        made = _make_plan(q, k, v, lengths, options, extras, out, device, stream, fallback)
+        made = _make_plan(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
         if made is None:
             return _in_torch(q, k, v, lengths, options, extras, out, return_lse)
         plan = made
@@ -270,7 +274,7 @@ def _checked(q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = No
 
 def _make_plan(
     q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, device: Any, stream: Any,
-    fallback: Any,
+    fallback: Any, tile: str | None = None,
 ) -> Plan | None:  # fmt: skip
     """The plan of a call, or None when plain torch is to run it (CPU tensors, or an explicit fallback)."""
     shape = _checked(q, k, v, lengths, extras, out)
@@ -286,12 +290,14 @@ def _make_plan(
         raise InputError(f"q is on {q.device}; CUDA and CPU tensors are supported")
     call.score(opts, extras)  # contradictions are refused wherever the call runs
     if emulated is None and q.device.type == "cpu":
+        if tile is not None:
+            raise InputError(f"tile is {tile!r} and CPU tensors run in plain torch: pass device='emulator' as well")
         return None
     try:
         arch = emulated or _arch(q.device.index)
-        choice = dispatch.choose(_problem(arch, q, shape, opts, extras))
+        choice = dispatch.choose(_problem(arch, q, shape, opts, extras), tile)
     except UnsupportedProblem:
-        if fallback == "torch":
+        if fallback == "torch" and tile is None:
             return None
         raise
     where = "emulator" if emulated else f"cuda:{q.device.index}"
@@ -299,7 +305,8 @@ def _make_plan(
         import torch
 
         stream = torch.cuda.current_stream(q.device).cuda_stream
-    kernel = launch.load(choice.spec, device=where, stream=stream or 0)
+    forced = None if tile is None else choice.tile
+    kernel = launch.load(choice.spec, device=where, tile=forced, stream=stream or 0)
     cu_q, cu_k, _, _, used, _ = lengths
     return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras, (cu_q, cu_k, used))
 
@@ -380,6 +387,7 @@ def plan(
     seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     device: str | None = None,
+    tile: str | None = None,
 ) -> Plan:
     """Everything of a call that depends on shapes, strides and options, done once; the kernel is loaded.
 
@@ -401,7 +409,7 @@ def plan(
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": attention_chunk
     }  # fmt: skip
     extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
-    made = _make_plan(q, k, v, lengths, options, extras, out, device, None, None)
+    made = _make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
     if made is None:
         raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
     return made
@@ -440,6 +448,7 @@ def explain(
     page_table: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     device: str | None = None,
+    tile: str | None = None,
 ) -> Trace:
     """Which kernel a call would use, and why the nearest others would not do. Launches and loads nothing.
 
@@ -454,7 +463,7 @@ def explain(
         InputError: malformed arguments.
     """
     if isinstance(q, Problem):
-        return dispatch.trace(q)
+        return dispatch.trace(q, tile)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
     extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     shape = _checked(q, k, v, lengths, extras)
@@ -462,7 +471,7 @@ def explain(
     emulated = launch.emulated_arch(device)
     on_cpu = q.device.type == "cpu"
     arch = emulated or (Arch.SM80 if on_cpu else _arch(q.device.index))
-    return dispatch.trace(_problem(arch, q, shape, opts, extras))
+    return dispatch.trace(_problem(arch, q, shape, opts, extras), tile)
 
 
 def is_supported(*args: Any, **kwargs: Any) -> list[str]:

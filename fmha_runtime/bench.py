@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast, next to every attention that torch has: same process, same tensors, interleaved runs.
+"""How fast, next to torch's attention and other libraries: same process, same tensors, interleaved runs.
 
 Between any two runs 256 MiB are written, so no run finds its tensors in the L2, and the host is
 ahead of the GPU by that write: events around a run see the run and not the host. Medians.
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import ledger, sources
+from . import bench_peers, ledger, sources
+from .bench_cells import TOKENS, WIDTH, Cell, Inputs, inputs
+from .bench_peers import MATH_LENGTH, SDPA
+from .bench_provider import Absent, Call, Runnable, reason
 from .bench_record import OURS, BenchRecord, HostTime, Timing
 from .errors import DriverError, FmhaError
 from .spec import DType
@@ -25,99 +26,17 @@ from .spec import DType
 if TYPE_CHECKING:
     from torch import Tensor
 
-Call = Callable[[], Any]
-
-TOKENS = 16384  # batch * seqlen of every cell
-WIDTH = 2048  # heads * head_dim of every cell, as near as whole heads allow
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-PEERS = ("cudnn", "flash", "efficient", "math")  # backends of torch's SDPA
-MATH_LENGTH = 2048
-"""Longest sequence for torch's math backend, which writes out every score."""
+BAND = "ours, band"
+"""This library's band kernel on a packed cell: what the packed mask is held against."""
 REPS = 20
+SHORT_REPS = 50
+SHORT_FLOPS = 3e11
+"""Cells below this (about 1 ms) take SHORT_REPS: they are cheap, and noisier."""
 MIN_REPS = 10
 FLUSH_BYTES = 256 << 20
 AGREEMENT = 1e-2
 """Largest relative L2 distance between our output and a peer's; two right ones are 3e-3 apart."""
 HOST_CASE = "b1_s128_h8_d128"
-
-
-class Absent(Exception):
-    """A provider does not run a cell; the text is the reason that the record keeps."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One problem of the grid: self attention of ``batch`` equal sequences."""
-
-    dtype: DType
-    head_dim: int
-    head_dim_v: int
-    seqlen: int
-    causal: bool
-    window: tuple[int | None, int | None] | None = None
-
-    @property
-    def batch(self) -> int:
-        return max(1, TOKENS // self.seqlen)
-
-    @property
-    def heads(self) -> int:
-        return round(WIDTH / self.head_dim)
-
-    @property
-    def key(self) -> str:
-        """For example bf16_d64_s512_c: c is causal, n neither causal nor windowed."""
-        dims = f"d{self.head_dim}"
-        dims += "" if self.head_dim_v == self.head_dim else f"x{self.head_dim_v}"
-        mask = "c" if self.causal else "n"
-        if self.window is not None:
-            left, right = ("inf" if x is None else x for x in self.window)
-            mask += f"_w{left}-{right}"
-        return f"{self.dtype.value}_{dims}_s{self.seqlen}_{mask}"
-
-    @property
-    def pairs(self) -> float:
-        """Query-key pairs of a head that count: half of all for causal, the band for a window."""
-        n = self.seqlen
-        if self.window is None:
-            return n * n / 2 if self.causal else float(n * n)
-        left, right = self.window
-        left = n if left is None else left
-        right = 0 if self.causal else (n if right is None else right)
-        return float(sum(min(n - 1, i + right) - max(0, i - left) + 1 for i in range(n)))
-
-    @property
-    def flops(self) -> float:
-        """Multiply and add of both matrix products: 4 * B * H * Sq * Sk * D where D = Dv."""
-        return 2 * self.batch * self.heads * self.pairs * (self.head_dim + self.head_dim_v)
-
-
-def grid(
-    dtypes: Iterable[DType] = (DType.BF16, DType.FP16),
-    head_dims: Iterable[tuple[int, int]] = ((64, 64), (80, 80), (128, 128)),
-    lengths: Iterable[int] = LENGTHS,
-    masks: Iterable[bool] = (False, True),
-    window: tuple[int | None, int | None] | None = None,
-) -> tuple[Cell, ...]:
-    """The standard cells: dtypes x head dims x lengths x (full, causal)."""
-    dtypes, lengths, masks = tuple(dtypes), tuple(lengths), tuple(masks)
-    return tuple(
-        Cell(dtype, d, dv, n, causal, window)
-        for dtype in dtypes
-        for d, dv in head_dims
-        for n in lengths
-        for causal in masks
-    )
-
-
-@dataclass(frozen=True)
-class Runnable:
-    """One provider, ready to run on the tensors of one cell."""
-
-    call: Call
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    kernel: str | None = None
-    tile: str | None = None
 
 
 class Timer(Protocol):
@@ -185,24 +104,31 @@ def run(
     cells: Sequence[Cell],
     *,
     device: int = 0,
-    peers: Sequence[str] = PEERS,
+    peers: Sequence[str] = SDPA,
     seconds: float = 180.0,
-    reps: int = REPS,
+    reps: int | None = None,
+    tile: str | None = None,
     on_cell: Callable[[Cell, int, int], None] | None = None,
 ) -> BenchRecord:
     """Measure every cell with every provider.
 
     Args:
-        seconds: for the whole run. Cells that are left when they are over are recorded as absent.
+        peers: who else, as bench_peers.find understands them; who cannot be imported is noted in the record.
+        seconds: a cap on the whole run: repetitions are cut down to ``MIN_REPS`` first, then the
+            cells that were not reached when they are over are recorded as absent.
+        reps: runs of a provider on a cell; None: ``REPS``, and ``SHORT_REPS`` for short ones.
+        tile: force a target and tile of ours (see ``attention``), for example "sm90".
         on_cell: called with the cell, its number and the count before each cell.
 
     Raises:
         DriverError: there is no GPU, or torch cannot use it.
+        InputError: an unknown peer.
     """
     import torch
 
     from . import driver
 
+    found, missing = bench_peers.find(peers)
     info = driver.device_info(device)
     if not torch.cuda.is_available():
         raise DriverError(
@@ -221,24 +147,25 @@ def run(
             on_cell(cell, number, len(cells))
         left = seconds - (time.monotonic() - begin)
         if left <= 0:
-            reason = f"not run: the {seconds:.0f} s of --seconds were over"
-            timings += (Timing(cell.key, p, absent=reason) for p in (OURS, *peers))
+            why = f"not run: the {seconds:.0f} s of --seconds were over"
+            timings += (Timing(cell.key, p, absent=why) for p in (OURS, *found))
             continue
-        ready, absent = _prepare(cell, name, peers)
-        timings += measure(cell, ready, absent, timer, reps, left / (len(cells) - number))
+        ready, absent = _prepare(cell, name, found, tile)
+        turns = reps or (SHORT_REPS if cell.flops < SHORT_FLOPS else REPS)
+        timings += measure(cell, ready, absent, timer, turns, left / (len(cells) - number))
         for runnable in ready.values():
             if runnable.kernel is not None:
                 kernels[runnable.kernel] = _identity(runnable)
     meta = {
         **{"gpu": info.name, "capability": list(info.capability), "driver": info.driver_version},
         **{"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()},
-        **{"commit": ledger.commit(), "kernels": kernels},
+        **{"commit": ledger.commit(), "kernels": kernels, "tile": tile, "missing": missing},
         **{"clock_mhz_before": clock_before, "clock_mhz_after": _clock_mhz(device)},
         **{"date": datetime.now(timezone.utc).isoformat(timespec="seconds")},
         **{"seconds": round(time.monotonic() - begin, 1), "tokens": TOKENS, "width": WIDTH},
         **{"flush_mib": FLUSH_BYTES >> 20, "math_backend_up_to": MATH_LENGTH},
     }
-    return BenchRecord(meta, tuple(timings), tuple(host_times(name, peers)))
+    return BenchRecord(meta, tuple(timings), tuple(host_times(name, found)))
 
 
 def measure(
@@ -272,27 +199,27 @@ def measure(
     return sorted(timings, key=lambda t: (t.provider != OURS, t.provider))
 
 
-def host_times(device: str, peers: Sequence[str] = PEERS) -> list[HostTime]:
+def host_times(device: str, peers: Sequence[str] = SDPA) -> list[HostTime]:
     """Microseconds of host time per call: ``attention()``, a prepared plan, and every peer."""
     import torch
 
     from . import api
 
-    cell = Cell(DType.BF16, 128, 128, 128, False)
+    cell = Cell(DType.BF16, 128, 128, 128, False, grouped=(8, 8))
     q, k, v = (torch.randn(1, 128, 8, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
     found = []
     for name in (OURS, "ours, plan.run", *peers):
         try:
             if name == OURS:
                 runnable = Runnable(partial(api.attention, q, k, v))
-            elif name in PEERS:
-                runnable = _peer(name, cell, q, k, v)
+            elif name in peers:
+                runnable = bench_peers.prepare(name, cell, Inputs(q, k, v))
             else:
                 runnable = Runnable(partial(api.plan(q, k, v).run, q, k, v))
             with runnable.context():
                 found.append(HostTime(HOST_CASE, name, round(_host_us(runnable.call), 2)))
-        except (Absent, FmhaError) as reason:
-            found.append(HostTime(HOST_CASE, name, absent=_reason(reason)))
+        except (Absent, FmhaError) as error:
+            found.append(HostTime(HOST_CASE, name, absent=reason(error)))
     return found
 
 
@@ -311,80 +238,126 @@ def _host_us(call: Call, batches: int = 7, calls: int = 100) -> float:
     return statistics.median(times)
 
 
-def _prepare(cell: Cell, device: str, peers: Sequence[str]) -> tuple[dict[str, Runnable], dict[str, str]]:
+def _prepare(
+    cell: Cell, device: str, peers: Sequence[str], tile: str | None = None
+) -> tuple[dict[str, Runnable], dict[str, str]]:
     """Who can run a cell, warmed up and in agreement, and why the others cannot."""
     import torch
 
-    dtype = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}[cell.dtype]
-    random = torch.Generator(device).manual_seed(0)
-
-    def normal(dim: int) -> Tensor:
-        shape = (cell.batch, cell.seqlen, cell.heads, dim)
-        return torch.randn(shape, generator=random, device=device, dtype=dtype)
-
-    q, k, v = normal(cell.head_dim), normal(cell.head_dim), normal(cell.head_dim_v)
+    x = inputs(cell, device)
     ready: dict[str, Runnable] = {}
     absent: dict[str, str] = {}
     outputs: dict[str, Tensor] = {}
-    for name in (OURS, *peers):
+    for name in (OURS, *((BAND,) if cell.packed else ()), *peers):
         try:
-            runnable = _ours(cell, q, k, v) if name == OURS else _peer(name, cell, q, k, v)
+            if name == OURS:
+                runnable = _ours(cell, x, tile)
+            elif name == BAND:
+                runnable = _ours(replace(cell, packed=False), x, tile)
+            else:
+                runnable = bench_peers.prepare(name, cell, x)
             with runnable.context():
                 for _ in range(2):
-                    outputs[name] = runnable.call()
+                    outputs[name] = runnable.output(runnable.call())
             ready[name] = runnable
-        except (Absent, FmhaError) as reason:
-            absent[name] = _reason(reason)
-    torch.cuda.synchronize()
-    rivals = [name for name in outputs if name != OURS]
-    if OURS in outputs and rivals:
-        theirs = outputs[rivals[0]].transpose(1, 2).float()
-        distance = float((outputs[OURS].float() - theirs).norm() / theirs.norm())
-        if not distance <= AGREEMENT:
+        except (Absent, FmhaError) as error:
+            absent[name] = reason(error)
+        except Exception as error:  # a peer's own way of refusing, or a bug: on record, and the other cells run
+            absent[name] = f"{type(error).__name__}: {reason(error)}"
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    if OURS in outputs:
+        wrong = _disagreement(cell, x, outputs)
+        if wrong:
             del ready[OURS]
-            absent[OURS] = f"wrong: relative L2 distance {distance:.1e} to {rivals[0]}"
+            absent[OURS] = wrong
     return ready, absent
 
 
-def _ours(cell: Cell, q: Tensor, k: Tensor, v: Tensor) -> Runnable:
+def _disagreement(cell: Cell, x: Inputs, outputs: Mapping[str, Tensor]) -> str:
+    """What is wrong with our output: held against a peer's, or two heads of it against the fp32 reference where no peer
+    computes the same (ALiBi as a bf16 mask tensor is not the same). Empty when nothing is."""
+    ours = outputs[OURS]
+    rivals = [name for name in outputs if name not in (OURS, BAND) and not cell.alibi]
+    if rivals:
+        found = {rivals[0]: _distance(ours, outputs[rivals[0]])}
+    else:
+        ends = {(0, 0), (cell.batch - 1, cell.heads - 1)}
+        found = {
+            f"the reference in sequence {b}, head {h}": _distance(_part(cell, ours, b, h), _reference(cell, x, b, h))
+            for b, h in sorted(ends)
+        }
+    for whom, distance in found.items():
+        if not distance <= AGREEMENT:
+            return f"wrong: relative L2 distance {distance:.1e} to {whom}"
+    return ""
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    theirs = theirs.float()
+    return float((ours.float() - theirs).norm() / theirs.norm())
+
+
+def _part(cell: Cell, t: Tensor, b: int, h: int) -> Tensor:
+    """[1, S, 1, D] of sequence b and head h."""
+    if cell.lengths:
+        start = sum(cell.lengths[:b])
+        return t[None, start : start + cell.lengths[b], h : h + 1]
+    return t[b : b + 1, :, h : h + 1]
+
+
+def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
+    """[1, Sq, 1, Dv] fp32 of sequence b and query head h."""
+    import torch
+
+    from . import reference
+
+    k, v = x.k, x.v
+    if x.table is not None:
+        k, v = (t[x.table[b].long()].flatten(0, 1)[None] for t in (k, v))
+    hk, bk = h * cell.heads_k // cell.heads, 0 if x.table is not None else b
+    out, _ = reference.attention(
+        *(_part(cell, x.q, b, h), _part(cell, k, bk, hk), _part(cell, v, bk, hk)),
+        causal=cell.causal,
+        window=cell.window,
+        softcap=cell.softcap,
+        alibi_slopes=None if x.slopes is None else x.slopes[h : h + 1],
+        compute_dtype=torch.float32,
+    )
+    return out
+
+
+def _ours(cell: Cell, x: Inputs, tile: str | None = None) -> Runnable:
     from . import api
 
-    plan = api.plan(q, k, v, causal=cell.causal, window=cell.window)
-    return Runnable(
-        partial(api.attention, q, k, v, causal=cell.causal, window=cell.window),
-        kernel=plan.spec.name,
-        tile=str(plan.tile),
-    )
-
-
-def _peer(name: str, cell: Cell, q: Tensor, k: Tensor, v: Tensor) -> Runnable:
-    """A backend of torch's SDPA on the same memory, seen as [batch, heads, seq, dim]."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    backend = {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    }[name]
-    if cell.window is not None:
-        raise Absent("torch's SDPA has no sliding window (other than as a mask tensor)")
-    if name == "math" and cell.seqlen > MATH_LENGTH:
-        raise Absent(f"it writes out every score: measured up to {MATH_LENGTH} tokens")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-
-    def call() -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=cell.causal)
-
-    with warnings.catch_warnings(record=True) as notes, sdpa_kernel([backend]):
-        warnings.simplefilter("always")
-        try:
-            call()
-        except RuntimeError as error:
-            reasons = [str(note.message).split(" (Triggered")[0].strip() for note in notes]
-            raise Absent("; ".join(reasons) or _reason(error)) from error
-    return Runnable(call, lambda: sdpa_kernel([backend]))
+    tensors: dict[str, Any] = {"alibi_slopes": x.slopes, "mask": x.mask if cell.packed else None}
+    options: dict[str, Any] = {
+        "causal": cell.causal and not cell.packed,
+        "window": cell.window,
+        "softcap": cell.softcap,
+    }
+    lengths: dict[str, Any] = {}
+    longest: dict[str, Any] = {}
+    if cell.lengths:
+        lengths = {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens}
+        longest = {"max_seqlen_q": max(cell.lengths), "max_seqlen_k": max(cell.lengths)}
+    if cell.page_size:
+        lengths = {"page_table": x.table, "seqused_k": x.used}
+    plan = api.plan(x.q, x.k, x.v, **options, **tensors, **lengths, **longest, tile=tile)
+    call: Call
+    if tile is not None:
+        call = partial(plan.run, x.q, x.k, x.v, **tensors, **lengths)
+    elif cell.lengths:
+        call = partial(api.attention_varlen, x.q, x.k, x.v, **lengths, **longest, **options, **tensors)
+    elif x.used is not None:
+        call = partial(
+            api.attention_with_kvcache,
+            *(x.q, x.k, x.v),
+            **{"cache_seqlens": x.used, "page_table": x.table, **options, **tensors},
+        )
+    else:
+        call = partial(api.attention, x.q, x.k, x.v, **options, **tensors)
+    return Runnable(call, kernel=plan.spec.name, tile=str(plan.tile))
 
 
 def _identity(runnable: Runnable) -> dict[str, str]:
@@ -402,9 +375,3 @@ def _clock_mhz(device: int) -> int | None:
         return int(torch.cuda.clock_rate(device))
     except Exception:  # NVML has exceptions of its own, and the clock is a remark, not a result
         return None
-
-
-def _reason(error: BaseException) -> str:
-    """The message on one line; CUDA's own run to pages."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

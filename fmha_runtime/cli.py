@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from . import __version__, config, report, selection
+from . import __version__, catalog, config, report, selection
 from .catalog import Tile
 from .errors import (
     ArtifactError,
@@ -171,8 +171,9 @@ def list_(chosen: Selection, as_json: bool) -> None:
 @main.command()
 @click.argument("words", nargs=-1, required=True, metavar="d=128 dtype=bf16 [sq=1024 ...]")
 @click.option("--arch", type=click.Choice([a.value for a in Arch]), help="Default: this GPU's.")
+@click.option("--tile", metavar="[TARGET] TILE", help="As attention(tile=...) would force it.")
 @_json_flag
-def explain(words: tuple[str, ...], arch: str | None, as_json: bool) -> None:
+def explain(words: tuple[str, ...], arch: str | None, tile: str | None, as_json: bool) -> None:
     """Say which kernel serves a problem and why the nearest others do not.
 
     Words: b=2 sq=1024 sk=1024 h=32 hk=8 d=128 (or d=192x128) dtype=bf16 causal window=127,0 varlen
@@ -180,11 +181,12 @@ def explain(words: tuple[str, ...], arch: str | None, as_json: bool) -> None:
     """
     from . import dispatch
 
-    trace = dispatch.trace(selection.problem(words, Arch(arch) if arch else selection.device_arch()))
+    trace = dispatch.trace(selection.problem(words, Arch(arch) if arch else selection.device_arch()), tile)
     if as_json:
         item = {
             "problem": str(trace.problem),
             "chosen": trace.chosen.name if trace.chosen else None,
+            "tile": str(trace.forced or catalog.tile(trace.chosen)) if trace.chosen else None,
             "rejected": [{"name": spec.name, "reason": why} for spec, why in trace.rejected],
         }
         click.echo(report.envelope([item]))
@@ -315,6 +317,13 @@ def verify(
 
 
 @main.command()
+@click.option("--grid", default="standard", show_default=True, metavar="GRID", help="standard, hopper (the 96 cells of "
+              "the yardstick, and fp16), mma (standard on the mma.sync kernels), features, quick.")  # fmt: skip
+@click.option("--against", metavar="NAME,NAME,...", help="Peers: cudnn, flash, efficient, math (all four: sdpa), "
+              "flash_attn, flash_attn_3, flash_attn_4, flashinfer, xformers; all is everyone who can be imported. "
+              "Default: sdpa for the standard grid, cudnn,flash for the others.")  # fmt: skip
+@click.option("--tile", metavar="[TARGET] TILE", help="Force a target, a tile or both: sm90, '128x176', 'sm90 128x64'.")
+@click.option("--arch", type=click.Choice([a.value for a in Arch]), help="Force a target; the same as --tile ARCH.")
 @click.option("--dtype", multiple=True, type=click.Choice(["fp16", "bf16"]), help="Default: both.")
 @click.option("--head-dim", multiple=True, metavar="D|DxV", help="Default: 64, 80, 128.")
 @click.option("--seqlens", metavar="N,N,...", help="Default: 512,1024,...,16384.")
@@ -323,27 +332,38 @@ def verify(
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the record.")
 @click.option("--png", "png_path", type=click.Path(path_type=Path), help="Draw the record.")
 def bench(
-    dtype: tuple[str, ...], head_dim: tuple[str, ...], seqlens: str | None, causal: bool | None,
-    seconds: float, json_path: Path | None, png_path: Path | None,
+    grid: str, against: str | None, tile: str | None, arch: str | None, dtype: tuple[str, ...],
+    head_dim: tuple[str, ...], seqlens: str | None, causal: bool | None, seconds: float, json_path: Path | None,
+    png_path: Path | None,
 ) -> None:  # fmt: skip
-    """Measure attention() next to every attention of torch, interleaved, in one process."""
-    from . import bench as bencher
+    """Measure this library next to torch's attention and others, interleaved, in one process.
 
-    wanted: dict[str, Any] = {}
-    if dtype:
-        wanted["dtypes"] = tuple(map(DType, dtype))
-    if head_dim:
-        wanted["head_dims"] = selection.head_dims(head_dim)
-    if seqlens:
-        wanted["lengths"] = selection.lengths(seqlens)
-    if causal is not None:
-        wanted["masks"] = (causal,)
+    The axes (--dtype, --head-dim, --seqlens, --causal) make the standard grid, and leave cells out of the others.
+    """
+    from . import bench as bencher
+    from . import bench_cells
+
+    cells = bench_cells.select(
+        grid,
+        dtypes=tuple(map(DType, dtype)) or None,
+        head_dims=selection.head_dims(head_dim) if head_dim else None,
+        lengths=selection.lengths(seqlens) if seqlens else None,
+        masks=None if causal is None else (causal,),
+    )
+    target = arch or ("sm90" if grid == "mma" and tile is None else None)
+    peers = against or ("sdpa" if grid == "standard" else "cudnn,flash")
 
     def on_cell(cell: Any, number: int, count: int) -> None:
         if number % max(1, count // 10) == 0:
             _say(f"measuring {number}/{count}  {cell.key}")
 
-    record = bencher.run(bencher.grid(**wanted), seconds=seconds, on_cell=on_cell)
+    record = bencher.run(
+        cells,
+        peers=peers.split(","),
+        seconds=seconds,
+        tile=" ".join(filter(None, [target, tile])) or None,
+        on_cell=on_cell,
+    )
     _print(record.lines())
     if json_path is not None:
         record.save(json_path)

@@ -8,12 +8,12 @@ walks the same rows; there is no second, looser test.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from . import catalog
 from .catalog import Tile
-from .errors import UnsupportedProblem
+from .errors import InputError, UnsupportedProblem
 from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 
 
@@ -65,13 +65,16 @@ class Trace:
     problem: Problem
     chosen: KernelSpec | None
     rejected: tuple[tuple[KernelSpec, str], ...] = field(default=())
+    forced: Tile | None = None  # by the caller; None: the catalogue's
 
     def __str__(self) -> str:
         lines = [f"problem   {self.problem}"]
         if self.chosen is None:
             lines.append("chosen    nothing")
         else:
-            lines.append(f"chosen    {self.chosen.name}  tile {catalog.tile(self.chosen)}")
+            own = catalog.tile(self.chosen)
+            text = f"{self.forced} (forced; the catalogue says {own})" if self.forced else str(own)
+            lines.append(f"chosen    {self.chosen.name}  tile {text}")
         lines += [f"rejected  {spec.name}  {reason}" for spec, reason in self.rejected]
         return "\n".join(lines)
 
@@ -107,11 +110,40 @@ def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
     return reasons
 
 
-def trace(problem: Problem) -> Trace:
-    """Walks every row of the catalogue. Never raises: ``chosen`` is None when nothing fits."""
+def trace(problem: Problem, tile: str | None = None) -> Trace:
+    """Walks every row of the catalogue; ``chosen`` is None when nothing fits.
+
+    Args:
+        tile: forced by the caller, see ``choose``.
+
+    Raises:
+        InputError: ``tile`` is not a tile of the kernel; without one, nothing.
+    """
     p = problem
     chosen, rejected = _walk(Problem(p.arch, p.dtype, p.head_dim, p.head_dim_v, p.op, p.mask, p.score, p.kv))
-    return Trace(problem, chosen, rejected)
+    if tile is None or chosen is None:
+        return Trace(problem, chosen, rejected)
+    return _force(Trace(problem, chosen, rejected), chosen, tile)
+
+
+def _force(found: Trace, best: KernelSpec, text: str) -> Trace:
+    """The walk's outcome with another target or tile."""
+    word, _, rest = text.strip().partition(" ")
+    target = next((arch for arch in Arch if arch.value == word), None)
+    if target is None:
+        return replace(found, forced=catalog.forced_tile(best, text))
+    spec = replace(best, arch=target)
+    targets = [arch for arch in found.problem.arch.targets if catalog.exists(replace(best, arch=arch))]
+    if target not in targets:
+        raise InputError(
+            f"tile {text!r} asks for {target.value}; targets that compute this on {found.problem.arch.value}: "
+            + ", ".join(arch.value for arch in targets)
+        )
+    rejected = [(other, why) for other, why in found.rejected if other != spec]
+    if spec != best:
+        rejected.insert(0, (best, f"the caller forced {target.value}"))
+    forced = catalog.forced_tile(spec, rest) if rest.strip() else catalog.tile(spec)
+    return Trace(found.problem, spec, tuple(rejected), forced)
 
 
 @lru_cache(maxsize=4096)
@@ -146,15 +178,19 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def choose(problem: Problem) -> Choice:
+def choose(problem: Problem, tile: str | None = None) -> Choice:
     """The kernel for a problem.
 
+    Args:
+        tile: forced by the caller: a tile as ``catalog.forced_tile`` reads it, a target ("sm90"), or both.
+
     Raises:
+        InputError: ``tile`` is not a tile of the kernel.
         UnsupportedProblem: no row computes it; the message says which axis stands in the way and what exists.
     """
-    found = trace(problem)
+    found = trace(problem, tile)
     if found.chosen is not None:
-        return Choice(found.chosen, catalog.tile(found.chosen), found)
+        return Choice(found.chosen, found.forced or catalog.tile(found.chosen), found)
     nearest, reason = found.rejected[0] if found.rejected else (None, "the catalogue is empty")
     hint = f"nearest row {nearest.name if nearest else None}: {reason}."
     here = [s for s in catalog.enumerate_specs(problem.arch) if s.dtype is problem.dtype]

@@ -112,6 +112,16 @@ def rows() -> tuple[list[KernelRow], list[ArtifactError]]:
     return found, broken
 
 
+def find_tile(spec: KernelSpec, tile: Tile) -> KernelRow | None:
+    """The first row of this tile that is current but for the tile and whose cubin is there; None when there is none."""
+    present = _Present.of(spec)
+    for label, root in roots():
+        for row in _scan(label, root, spec):
+            if isinstance(row, KernelRow) and row.tile == tile and row.path and not present.objection(row, tile):
+                return row
+    return None
+
+
 def find(spec: KernelSpec) -> KernelRow | None:
     """The first row of the search order that is current and whose cubin is there; None when nothing
     was built.
@@ -248,14 +258,17 @@ class _Present:
     def of(cls, spec: KernelSpec) -> _Present:
         return cls(sources.abi(), sources.source_hash(spec))
 
-    def objection(self, row: KernelRow) -> str:
+    def objection(self, row: KernelRow, forced: Tile | None = None) -> str:
         if not catalog.exists(row.spec):
             return "the catalogue no longer has this kernel"
-        tile = catalog.tile(row.spec)
+        tile = forced or catalog.tile(row.spec)
         if row.abi != self.abi:
             return f"built for ABI {row.abi}, this runtime speaks {self.abi}"
         if row.tile != tile:
             return f"built with tile {row.tile}, the catalogue says {tile}"
+        allowed = catalog.allowed_spill_bytes(row.spec)
+        if forced is None and row.spill_bytes > allowed:  # built as an experiment
+            return f"built with {row.spill_bytes} bytes of spills, the catalogue allows {allowed}"
         if row.source_hash != self.source_hash:
             was, now = row.source_hash[:12], self.source_hash[:12]
             return f"built from sources {was}, present ones are {now}"

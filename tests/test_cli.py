@@ -381,10 +381,11 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
     from fmha_runtime import bench
     from fmha_runtime.bench_record import BenchRecord, Timing
 
-    asked = []
+    asked, wanted = [], []
 
     def run(cells, **options):
         asked.extend(cells)
+        wanted.append((options["peers"], options["tile"]))
         options["on_cell"](cells[0], 0, len(cells))
         timings = (
             Timing(cells[0].key, "ours", median_us=1.0, tflops=500.0),
@@ -400,6 +401,14 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
     assert [cell.key for cell in asked] == ["bf16_d64_s512_c", "bf16_d64_s1024_c"]
     assert "2.00" in result.stdout
     assert BenchRecord.load(path).providers == ("ours", "flash")
+    for words in (["--grid", "hopper"], ["--grid", "mma"], ["--against", "all", "--arch", "sm90", "--tile", "128x64"]):
+        assert fmha("bench", *words).exit_code == 0
+    assert wanted == [
+        (["sdpa"], None),
+        (["cudnn", "flash"], None),
+        (["cudnn", "flash"], "sm90"),
+        (["all"], "sm90 128x64"),
+    ]
 
 
 def test_verify_reports_failure(monkeypatch):
@@ -429,7 +438,7 @@ def test_sanitizer_replaces_the_process(monkeypatch):
     assert argv[-3:] == ["verify", SMALL, "--quick"]
 
 
-@pytest.mark.parametrize("words", [["--head-dim", "big"], ["--seqlens", "512,x"]])
+@pytest.mark.parametrize("words", [["--head-dim", "big"], ["--seqlens", "512,x"], ["--grid", "x"]])
 def test_bench_usage(words):
     assert fmha("bench", *words).exit_code == 2
 

@@ -12,18 +12,23 @@ the catalogue, the ledger cubins/verified.json and the benchmark records docs/be
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import catalog, ledger  # noqa: E402
+from fmha_runtime import bench_cells, catalog, ledger  # noqa: E402
+from fmha_runtime.bench import BAND  # noqa: E402
+from fmha_runtime.bench_peers import SDPA  # noqa: E402
 from fmha_runtime.bench_record import OURS, BenchRecord  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
-from fmha_runtime.spec import HEAD_DIMS, Arch, KernelSpec  # noqa: E402
+from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec  # noqa: E402
 
 
 def support(root: Path) -> str:
@@ -77,14 +82,15 @@ def speed(root: Path) -> str:
     lines = []
     for path, record in _benchmarks(root):
         link = path.relative_to(root).as_posix()
-        lines.append(f"[{path.stem}]({link}), {record.meta['gpu']}, torch {record.meta['torch']}:")
+        forced = f", forced to {record.meta['tile']}" if record.meta.get("tile") else ""
+        lines.append(f"[{path.stem}]({link}), {record.meta['gpu']}, torch {record.meta['torch']}{forced}:")
         for peer in record.peers:
             ratios, mean = record.ratios(peer), record.geometric_mean(peer)
             if mean is not None:
                 lost = sum(r < 1 for r in ratios.values())
+                name = f"torch's {peer} backend" if peer in SDPA else "our band kernel" if peer == BAND else peer
                 lines.append(
-                    f"- {mean:.2f} times the speed of torch's {peer} backend (geometric mean of "
-                    f"{len(ratios)} cells; slower in {lost})"
+                    f"- {mean:.2f} times the speed of {name} (geometric mean of {len(ratios)} cells; slower in {lost})"
                 )
         times = [h for h in record.host if h.host_us is not None]
         if times:
@@ -103,7 +109,8 @@ def performance(root: Path) -> str:
         parts.append(
             f"{meta['gpu']}, driver {meta['driver']}, torch {meta['torch']}, "
             f"cuDNN {meta['cudnn']}, commit {str(meta['commit'])[:12]}, {meta['date'][:10]}. "
-            "TFLOP/s; `/peer` is our speed over the peer's, bold where we lose."
+            + (f"Forced to {meta['tile']}. " if meta.get("tile") else "")
+            + "TFLOP/s; `/peer` is our speed over the peer's, bold where we lose."
         )
         if path.with_suffix(".png").exists():
             parts.append(f"![TFLOP/s over sequence length](bench/{path.stem}.png)")
@@ -124,9 +131,146 @@ def performance(root: Path) -> str:
     return "\n\n".join(parts) or "No benchmark is recorded yet: `fmha bench` writes one."
 
 
+PEERS_FILE = "peers_h200.json"
+FLOOR = 0.95  # no cell of the yardstick may be below
+GOAL = 1.05  # of the geometric mean
+PACKED_FLOOR = 0.9  # of a packed mask's speed over the band's
+
+
+def yardstick(root: Path) -> str:
+    """Ours / cuDNN in one process against best / cuDNN in another, for the cells of the hopper grid."""
+    found = _latest(root, [cell.key for cell in bench_cells.hopper() if cell.dtype is DType.BF16])
+    if found is None:
+        return "Not recorded yet: `fmha bench --grid hopper --json docs/bench/NAME.json`."
+    path, record = found
+    cells, ratios = _peers(root)["cells"], record.ratios("cudnn")
+    parts = [f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}."]
+    for dtype in ("bf16", "fp16"):
+        wanted = [c.key for c in bench_cells.hopper() if c.dtype.value == dtype and c.key in cells]
+        rows = [["case", "ours", "cuDNN", "ours / cuDNN", "best / cuDNN", "quotient"]]
+        quotients = []
+        for case in wanted:
+            best = cells[case]["best_over_cudnn"]
+            quotient = ratios[case] / best if case in ratios else None
+            quotients += [quotient] if quotient is not None else []
+            speeds = (record.tflops(case, name) for name in (OURS, "cudnn"))
+            row = [case, *map(_speed, speeds), f"{ratios[case]:.2f}" if case in ratios else "-", f"{best:.2f}"]
+            rows.append([*row, _mark(quotient, FLOOR)])
+        low = sum(q < FLOOR for q in quotients)
+        text = f"**{dtype}**: {len(quotients)} of {len(wanted)} cells measured"
+        if quotients:
+            mean = math.exp(sum(map(math.log, quotients)) / len(quotients))
+            text += f", geometric mean of the quotient {mean:.3f} (goal {GOAL}), {low} below {FLOOR}"
+            text += f", lowest {min(quotients):.2f}"
+        parts += [f"{text}.", _markdown(rows)]
+    return "\n\n".join(parts)
+
+
+def goals(root: Path) -> str:
+    """TFLOP/s at 16k tokens against the goals."""
+    wanted = _peers(root)["goals"]
+    found = _latest(root, list(wanted))
+    if found is None:
+        return "Not recorded yet: see the yardstick."
+    path, record = found
+    cells, ratios = _peers(root)["cells"], record.ratios("cudnn")
+    rows = [["d", "mask", "goal", "ours", "ours / goal", "best peer", "ours / cuDNN", "best / cuDNN"]]
+    for case, goal in wanted.items():
+        ours = record.tflops(case, OURS)
+        _, dims, _, mask = case.split("_")
+        row = [dims[1:], {"n": "full", "c": "causal"}[mask], str(goal), _speed(ours)]
+        row += [_mark(ours / goal if ours else None, 1.0), str(cells[case]["best"])]
+        rows.append([*row, _mark(ratios.get(case), 0.0), f"{cells[case]['best_over_cudnn']:.2f}"])
+    met = sum((record.tflops(case, OURS) or 0) >= goal for case, goal in wanted.items())
+    return f"From [{path.stem}](bench/{path.name}): {met} of {len(wanted)} goals met.\n\n{_markdown(rows)}"
+
+
+def feature_speed(root: Path) -> str:
+    """The feature cells against the best peer, and where the same backend ran then and now, by ratio to it."""
+    wanted = [cell.key for cell in bench_cells.features()]
+    found = _latest(root, wanted)
+    if found is None:
+        return "Not recorded yet: `fmha bench --grid features --json docs/bench/NAME.json`."
+    path, record = found
+    peers = _peers(root)["cells"]
+    head = [
+        "case",
+        "ours",
+        "best peer",
+        "ours / best",
+        "same backend then and now",
+        "ours / it",
+        "best / it",
+        "quotient",
+    ]
+    rows = [head]
+    for case in wanted:
+        ours, entry = record.tflops(case, OURS), peers.get(case)
+        row = [case, _speed(ours)]
+        if entry is None:  # a packed mask: held against our own band kernel
+            band = record.ratios(BAND).get(case)
+            rows.append([*row, "", "", "our band kernel", _mark(band, PACKED_FLOOR), "", ""])
+            continue
+        best = entry["best"]
+        who = next(name for name, value in entry["tflops"].items() if value == best)
+        row += [f"{best} ({who})", _mark(ours / best if ours else None, 1.0)]
+        for name, column in (("cudnn", "cuDNN 9.19"), ("flash", "FA2 (torch)")):
+            then, now = entry["tflops"].get(column), record.ratios(name).get(case)
+            if then is not None and now is not None:
+                row += [name, f"{now:.2f}", f"{best / then:.2f}", _mark(now / (best / then), 1.0)]
+                break
+        else:
+            row += ["-", "", "", ""]
+        rows.append(row)
+    text = (
+        f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}. Bold: below the best peer, or a packed mask"
+    )
+    text += f" below {PACKED_FLOOR} of the band kernel."
+    absent = [f"- {who} is absent from {len(cases)} cells: {why}" for (who, why), cases in record.absences().items()]
+    return "\n\n".join([text, _markdown(rows), *absent])
+
+
+def _latest(root: Path, cases: Sequence[str]) -> tuple[Path, BenchRecord] | None:
+    """The newest record, of kernels that nobody forced, that has at least nine tenths of the cases."""
+    fits = []
+    for path, record in _benchmarks(root):
+        mine = {t.case for t in record.cells if t.provider == OURS and t.tflops is not None}
+        if not record.meta.get("tile") and sum(case in mine for case in cases) >= 0.9 * len(cases):
+            fits.append((str(record.meta["date"]), path, record))
+    return max(fits, key=lambda item: item[:2])[1:] if fits else None
+
+
+def _peers(root: Path) -> Any:
+    for folder in (root, ROOT):  # a test's root has records only
+        path = folder / "docs" / "bench" / PEERS_FILE
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise ArtifactError(f"{PEERS_FILE} is missing from docs/bench; restore the checkout")
+
+
+def _circumstances(record: BenchRecord) -> str:
+    meta = record.meta
+    return f"{meta['gpu']}, torch {meta['torch']}, cuDNN {meta['cudnn']}, {meta['date'][:10]}"
+
+
+def _speed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _mark(value: float | None, floor: float) -> str:
+    if value is None:
+        return "-"
+    return f"**{value:.2f}**" if value < floor else f"{value:.2f}"
+
+
 PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"support": support, "speed": speed},
-    "docs/performance.md": {"performance": performance},
+    "docs/performance.md": {
+        "yardstick": yardstick,
+        "goals": goals,
+        "features": feature_speed,
+        "performance": performance,
+    },
 }
 
 
@@ -167,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _benchmarks(root: Path) -> list[tuple[Path, BenchRecord]]:
     files = sorted((root / "docs" / "bench").glob("*.json"))
-    return [(path, BenchRecord.load(path)) for path in files]
+    return [(path, BenchRecord.load(path)) for path in files if path.name != PEERS_FILE]
 
 
 def _ratio(value: float | None) -> str:

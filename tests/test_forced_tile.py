@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A caller can force a tile or a target: exactly that one runs, or the reason is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fmha_runtime
+from fmha_runtime import api, build, catalog, dispatch, driver, launch, manifest, reference
+from fmha_runtime.catalog import Tile
+from fmha_runtime.dispatch import Problem
+from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
+from fmha_runtime.spec import Arch, DType, KernelSpec, Mask
+
+HOPPER = KernelSpec.parse("fmha_fwd_sm90a_bf16_d128")
+MMA = KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
+SMALL = KernelSpec.parse("fmha_fwd_sm80_fp16_d64")
+PROBLEM = Problem(Arch.SM90, DType.BF16, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "tile"),
+    [
+        (HOPPER, "128x176", "128x176 w12 s2 c1"),
+        (HOPPER, "192x80", "192x80 w16 s2 c1"),
+        (HOPPER, "128x64 s4", "128x64 w12 s4 c1"),
+        (HOPPER, "128x64 w12 s3 c1", "128x64 w12 s3 c1"),
+        (MMA, "128x64", "128x64 w4 s2 c2 q"),
+        (MMA, "128x64 w8 s3 c1", "128x64 w8 s3 c1"),
+        (MMA, "32x32", "32x32 w2 s2 c2 q"),
+    ],
+)
+def test_what_is_left_out_comes_from_the_kernels_own_tile(
+    monkeypatch: pytest.MonkeyPatch, spec: KernelSpec, text: str, tile: str
+) -> None:
+    own = {HOPPER: "128x128 w12 s2 c1", MMA: "64x64 w4 s2 c2 q"}
+    monkeypatch.setattr(catalog, "tile", lambda spec: Tile.parse(own[spec]))
+    assert str(catalog.forced_tile(spec, text)) == tile
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "words"),
+    [
+        (HOPPER, "128", "not understood"),
+        (HOPPER, "", "not understood"),
+        (HOPPER, "128x176 w4 s2 c1", "64 rows a consumer"),
+        (HOPPER, "96x64", "tile"),
+        (HOPPER, "128x128 w12 s2 c1 q", "Q in shared memory"),
+        (HOPPER, "128x256 s3", "shared memory"),
+        (MMA, "128x64 w12 s2 c1", "m16"),
+        (MMA, "64x24", "block_n"),
+        (MMA, "512x512", "shared memory"),
+    ],
+)
+def test_a_tile_that_cannot_be_is_refused(spec: KernelSpec, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        catalog.forced_tile(spec, text)
+
+
+def test_a_target_can_be_forced() -> None:
+    assert dispatch.choose(PROBLEM).spec == HOPPER
+    choice = dispatch.choose(PROBLEM, "sm90")
+    assert (choice.spec, choice.tile) == (MMA, catalog.tile(MMA))
+    assert choice.trace.rejected[0] == (HOPPER, "the caller forced sm90")
+    assert MMA not in dict(choice.trace.rejected)
+    choice = dispatch.choose(PROBLEM, "sm90 128x32 w4 s3 c2")
+    assert (choice.spec, str(choice.tile)) == (MMA, "128x32 w4 s3 c2")
+    assert dispatch.choose(PROBLEM, "sm90a 128x176").spec == HOPPER
+    with pytest.raises(InputError, match="targets that compute this on sm90: sm90a, sm90"):
+        dispatch.choose(PROBLEM, "sm80")
+    with pytest.raises(UnsupportedProblem):
+        dispatch.choose(Problem(Arch.SM90, DType.BF16, 24, 24), "128x64")
+
+
+def test_a_forced_target_needs_a_kernel() -> None:
+    packed = Problem(Arch.SM80, DType.BF16, 128, 128, mask=Mask.PACKED)
+    with pytest.raises(InputError, match="sm90a"):
+        dispatch.choose(packed, "sm90a")
+
+
+def test_explain_says_what_was_forced() -> None:
+    trace = api.explain(PROBLEM, tile="128x176")
+    assert trace.forced == Tile.parse("128x176 w12 s2 c1")
+    assert f"tile 128x176 w12 s2 c1 (forced; the catalogue says {catalog.tile(HOPPER)})" in str(trace)
+    assert api.explain(PROBLEM).forced is None
+    with pytest.raises(InputError, match="not understood"):
+        api.explain(PROBLEM, tile="big")
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+
+
+def test_a_forced_tile_runs() -> None:
+    q, k, v = random(1, 40, 2, 64), random(1, 70, 2, 64), random(1, 70, 2, 64)
+    want = reference.attention(q, k, v, causal=True)[0]
+    for tile in ("32x32 w2 s2 c1", "64x16 w4 s3 c1"):
+        plan = api.plan(q, k, v, causal=True, device="emulator", tile=tile)
+        assert str(plan.tile) == tile and plan.shape.heads == 2
+        assert (plan.run(q, k, v) - want).norm() / want.norm() < 1e-3
+        out = fmha_runtime.attention(q, k, v, causal=True, device="emulator", tile=tile)
+        assert torch.equal(out, plan.run(q, k, v))
+    plain = api.plan(q, k, v, causal=True, device="emulator")
+    assert plain.tile == catalog.tile(plain.spec)
+
+
+def test_the_torch_path_has_no_tiles() -> None:
+    q = random(1, 8, 2, 64)
+    with pytest.raises(InputError, match="emulator"):
+        fmha_runtime.attention(q, q, q, tile="64x64")
+    with pytest.raises(UnsupportedProblem):
+        x = random(1, 8, 2, 24)
+        fmha_runtime.attention(x, x, x, tile="64x64", device="emulator", fallback="torch")
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Cubins that the driver was given."""
+    images: list[bytes] = []
+    monkeypatch.setattr(driver, "load", lambda image, *_: images.append(image))
+    return images
+
+
+def test_a_cubin_of_a_forced_tile_is_built_once(own_cache, fake_nvcc, loaded: list[bytes]) -> None:
+    tile = catalog.forced_tile(SMALL, "64x32 w4 s2 c1")
+    launch.load(SMALL, tile=tile)
+    launch.load(SMALL, tile=tile)
+    assert fake_nvcc.runs == 1 and len(loaded) == 2
+    row = manifest.find_tile(SMALL, tile)
+    assert row is not None and row.tile == tile
+    assert manifest.find_tile(SMALL, Tile.parse("64x16 w4 s2 c1")) is None
+    assert manifest.state(SMALL).word == "stale"  # dispatch never picks it unasked
+
+
+def test_experiments_may_spill_and_the_catalogues_kernels_not(own_cache, fake_nvcc, loaded, monkeypatch) -> None:
+    fake_nvcc.write(spills=24)
+    tile = catalog.forced_tile(SMALL, "64x32 w4 s2 c1")
+    launch.load(SMALL, tile=tile)
+    monkeypatch.setattr(catalog, "tile", lambda spec: tile)  # somebody makes it the catalogue's
+    assert "spills" in manifest.state(SMALL).reason
+    (result,) = build.build([SMALL])
+    assert result.status == "failed"
+
+
+def test_a_tile_that_does_not_compile_says_so(own_cache, fake_nvcc, loaded) -> None:
+    fake_nvcc.write(failing="d64")
+    with pytest.raises(BuildError, match="tile 64x32 w4 s2 c1 cannot be built"):
+        launch.load(SMALL, tile=Tile.parse("64x32 w4 s2 c1"))
+
+
+@pytest.mark.gpu
+def test_a_forced_tile_runs_on_the_gpu() -> None:
+    q, k, v = (torch.randn(2, 300, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    want = fmha_runtime.attention(q, k, v, causal=True).float()
+    for tile in ("128x64", "sm90", "sm90 128x32 w4 s2 c1"):
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("the tiles are Hopper's")
+        out = fmha_runtime.attention(q, k, v, causal=True, tile=tile).float()
+        assert (out - want).norm() / want.norm() < 1e-2
