@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from . import catalog
+from . import catalog, forced_tile
 from .catalog import Tile
 from .errors import InputError, UnsupportedProblem
 from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
@@ -131,7 +131,7 @@ def _force(found: Trace, best: KernelSpec, text: str) -> Trace:
     word, _, rest = text.strip().partition(" ")
     target = next((arch for arch in Arch if arch.value == word), None)
     if target is None:
-        return replace(found, forced=catalog.forced_tile(best, text))
+        return replace(found, forced=forced_tile.parse(best, text))
     spec = replace(best, arch=target)
     targets = [arch for arch in found.problem.arch.targets if catalog.exists(replace(best, arch=arch))]
     if target not in targets:
@@ -142,7 +142,7 @@ def _force(found: Trace, best: KernelSpec, text: str) -> Trace:
     rejected = [(other, why) for other, why in found.rejected if other != spec]
     if spec != best:
         rejected.insert(0, (best, f"the caller forced {target.value}"))
-    forced = catalog.forced_tile(spec, rest) if rest.strip() else catalog.tile(spec)
+    forced = forced_tile.parse(spec, rest) if rest.strip() else catalog.tile(spec)
     return Trace(found.problem, spec, tuple(rejected), forced)
 
 
@@ -182,7 +182,7 @@ def choose(problem: Problem, tile: str | None = None) -> Choice:
     """The kernel for a problem.
 
     Args:
-        tile: forced by the caller: a tile as ``catalog.forced_tile`` reads it, a target ("sm90"), or both.
+        tile: forced by the caller: a tile as ``forced_tile.parse`` reads it, a target ("sm90"), or both.
 
     Raises:
         InputError: ``tile`` is not a tile of the kernel.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import build, call, catalog, config, driver, emulator, manifest, params, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
-from .errors import BuildError, DriverError, InputError, KernelNotBuilt
+from .errors import DriverError, InputError, KernelNotBuilt
 from .packed_mask import PackedMask, pack_mask
 from .params import UNLIMITED, FwdTmaParams
 from .spec import Arch, KernelSpec
@@ -67,7 +67,7 @@ def load(
         device: "cuda:N" or "emulator".
         via: "cubin", or "ptx" to compile PTX and let the driver's JIT finish it (runs an older arch's kernel on a
             newer GPU, for verification).
-        tile: another tile than the catalogue's, for experiments; a cubin of it is built when none is in the cache.
+        tile: another tile than the catalogue's; only for "ptx" and the emulator.
         stream: the stream of the coming launch (see driver.load).
 
     Raises:
@@ -82,8 +82,12 @@ def load(
     if via == "ptx":
         image = build.compile_ptx(spec, tile)
     elif via == "cubin":
-        other = tile is not None and tile != catalog.tile(spec)
-        image = manifest.load_image(_built_with(spec, tile) if tile and other else _built(spec))
+        if tile is not None and tile != catalog.tile(spec):
+            raise InputError(
+                f"tile {tile} was asked for, but the cubins of {spec.name} are built with {catalog.tile(spec)}: "
+                "use via='ptx' or the emulator to try another tile"
+            )
+        image = manifest.load_image(_built(spec))
     else:
         raise InputError(f"via is {via!r}; 'cubin' or 'ptx' is needed")
     return driver.load(image, spec.name, index, smem, size, stream)
@@ -108,18 +112,6 @@ def _built(spec: KernelSpec) -> manifest.KernelRow:
         name=spec.name,
         command=command,
     )
-
-
-def _built_with(spec: KernelSpec, tile: Tile) -> manifest.KernelRow:
-    """A cubin of a forced tile. Asking for one is asking for its build, spills and all."""
-    row = manifest.find_tile(spec, tile)
-    if row is None:
-        (result,) = build.build([spec], tile=tile, spills=True)
-        if result.error is not None:
-            raise BuildError(f"tile {tile} cannot be built: {result.error}", command=result.command, log=result.log)
-        row = result.row
-    assert row is not None
-    return row
 
 
 class Plan:
