@@ -6,6 +6,9 @@ head_dim]`` with ``cu_seqlens`` for varlen. Query i sits at key position ``i + k
 alignment); causal calls see no key to the right of it, and ``window=(left, right)`` bounds both sides inclusively,
 None = unlimited. Rows that see no key give out = 0 and lse = -inf. Log-sum-exp is fp32 in natural log, ``[batch,
 heads, seq]`` or ``[heads, tokens]``.
+
+Arrays of other libraries (DLPack or ``__cuda_array_interface__``) are taken for tensors without a copy, and the results
+are of q's kind; ``out=`` is written in place.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, driver, launch, reference, tensors
+from . import call, dispatch, driver, interop, launch, reference, tensors
 from .call import NO_EXTRAS, Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError, UnsupportedProblem
@@ -199,7 +202,8 @@ def attention_with_kvcache(
         import torch
 
         batch = page_table if page_table is not None else k_cache
-        cache_seqlens = torch.full((batch.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        device_q = interop.view("q", q).device
+        cache_seqlens = torch.full((batch.shape[0],), cache_seqlens, dtype=torch.int32, device=device_q)
     if cache_seqlens is None:
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
     return _call(
@@ -233,6 +237,13 @@ def _call(
     except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
         key = plan = None
     if plan is None:
+        if key is None and any(map(interop.foreign, (q, k, v, cu_q, cu_k, alibi, sinks, table, mask, used, out))):
+            return interop.call(_call, {
+                "q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k, "max_q": max_q, "max_k": max_k, "causal": causal,
+                "window": window, "scale": scale, "softcap": softcap, "chunk": chunk, "alibi": alibi, "sinks": sinks,
+                "table": table, "mask": mask, "used": used, "out": out, "return_lse": return_lse, "device": device,
+                "stream": stream, "fallback": fallback, "cache": cache,
+            }, stream)  # fmt: skip
         lengths = (cu_q, cu_k, max_q, max_k, used, cache)
         options = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": chunk
@@ -366,6 +377,7 @@ def _in_torch(
     return (out, lse.float()) if return_lse else out
 
 
+@interop.views
 def plan(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -428,6 +440,7 @@ def prepare(problem: Problem, *, device: int = 0) -> None:
     launch.load(dispatch.choose(problem).spec, device=f"cuda:{device}")
 
 
+@interop.views
 def explain(
     q: torch.Tensor | Problem,
     k: torch.Tensor | None = None,
@@ -504,6 +517,8 @@ def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
     """
     import torch
 
+    if any(map(interop.foreign, (*outs, *lses))):
+        return interop.merge(merge_states, outs, lses)
     if len(outs) == 0 or len(outs) != len(lses):
         raise InputError(f"merge_states got {len(outs)} outs and {len(lses)} lses; at least one of each, equally many")
     shape = outs[0].shape

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import interop
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
     """Packs a mask on the device where it lies. Nothing waits for the device.
 
     Args:
-        mask: True (or nonzero) = attend; a torch tensor or numpy array of bool, integers or floats.
+        mask: True (or nonzero) = attend; a torch tensor or other array of bool, integers or floats.
             [Sq, Sk], [B or 1, H or 1, Sq, Sk]; with cu_seqlens_q [Tq, columns] or [H or 1, Tq, columns], where column
             j of a token's row is key j of its own sequence.
         cu_seqlens_q: int32 [B + 1] for varlen queries.
@@ -79,7 +80,8 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
     """
     import torch
 
-    bits = (mask if isinstance(mask, torch.Tensor) else torch.as_tensor(mask)) != 0
+    mask, cu_seqlens_q = interop.view("mask", mask), interop.view("cu_seqlens_q", cu_seqlens_q)
+    bits = torch.as_tensor(mask) != 0
     if cu_seqlens_q is None:
         if bits.ndim == 2:
             bits = bits[None, None]

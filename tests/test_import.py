@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     0: "errors config spec alibi",
     1: "catalog forced_tile sources manifest params publish ledger",
-    2: "build driver emulator tensors packed_mask tensor_map",
+    2: "build driver emulator tensors interop packed_mask tensor_map",
     3: "call dispatch launch reference",
     4: "api",
     5: "verify verify_cases verify_check bench bench_record plots doctor inspection progress"
