@@ -251,9 +251,9 @@ def _prepare(
     for name in (OURS, *((BAND,) if cell.packed else ()), *peers):
         try:
             if name == OURS:
-                runnable = _ours(cell, x, tile)
+                runnable = ours(cell, x, tile)
             elif name == BAND:
-                runnable = _ours(replace(cell, packed=False), x, tile)
+                runnable = ours(replace(cell, packed=False), x, tile)
             else:
                 runnable = bench_peers.prepare(name, cell, x)
             with runnable.context():
@@ -267,24 +267,24 @@ def _prepare(
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     if OURS in outputs:
-        wrong = _disagreement(cell, x, outputs)
+        wrong = disagreement(cell, x, outputs)
         if wrong:
             del ready[OURS]
             absent[OURS] = wrong
     return ready, absent
 
 
-def _disagreement(cell: Cell, x: Inputs, outputs: Mapping[str, Tensor]) -> str:
+def disagreement(cell: Cell, x: Inputs, outputs: Mapping[str, Tensor]) -> str:
     """What is wrong with our output: held against a peer's, or two heads of it against the fp32 reference where no peer
     computes the same (ALiBi as a bf16 mask tensor is not the same). Empty when nothing is."""
-    ours = outputs[OURS]
+    result = outputs[OURS]
     rivals = [name for name in outputs if name not in (OURS, BAND) and not cell.alibi]
     if rivals:
-        found = {rivals[0]: _distance(ours, outputs[rivals[0]])}
+        found = {rivals[0]: _distance(result, outputs[rivals[0]])}
     else:
         ends = {(0, 0), (cell.batch - 1, cell.heads - 1)}
         found = {
-            f"the reference in sequence {b}, head {h}": _distance(_part(cell, ours, b, h), _reference(cell, x, b, h))
+            f"the reference in sequence {b}, head {h}": _distance(_part(cell, result, b, h), _reference(cell, x, b, h))
             for b, h in sorted(ends)
         }
     for whom, distance in found.items():
@@ -327,7 +327,8 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
     return out
 
 
-def _ours(cell: Cell, x: Inputs, tile: str | None = None) -> Runnable:
+def ours(cell: Cell, x: Inputs, tile: str | None = None) -> Runnable:
+    """This library on the tensors of a cell; a forced tile runs by way of its plan."""
     from . import api
 
     tensors: dict[str, Any] = {"alibi_slopes": x.slopes, "mask": x.mask if cell.packed else None}

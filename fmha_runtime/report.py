@@ -160,6 +160,12 @@ def build_line(result: BuildResult) -> str:
     return f"ok    {result.spec.name}  {row.tile}  {facts}{spills}{seconds}{lock}"
 
 
+def variant_line(spec: KernelSpec, tile: Tile) -> str:
+    """The line of ``fmha tune --dry-run`` for one variant."""
+    own = "  (the catalogue's)" if tile == catalog.tile(spec) else ""
+    return f"{spec.name}  {tile}  {size(catalog.smem_bytes(spec, tile))} smem{own}"
+
+
 def build_totals(results: Sequence[BuildResult], wanted: int, seconds: float, workers: int) -> str:
     """The closing line of ``fmha build``."""
     built = [r for r in results if r.status == "built"]

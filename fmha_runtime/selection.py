@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -208,6 +208,24 @@ def device_arch() -> Arch:
     if found is None:
         raise DriverError(f"there are no kernels for GPU 0; add --arch, one of {known}")
     return found
+
+
+def for_tuning(chosen: Selection) -> Selection:
+    """What ``fmha tune`` is about: where nothing is said, the plain bf16 kernels of this GPU's first target.
+
+    Raises:
+        DriverError: no arch is given and there is no GPU.
+    """
+    if chosen.names:
+        return chosen
+    return replace(
+        chosen,
+        arch=chosen.arch or device_arch().targets[:1],
+        dtype=chosen.dtype or (DType.BF16,),
+        mask=chosen.mask or (Mask.BAND,),
+        score=chosen.score or (Score.PLAIN,),
+        kv=chosen.kv or (KvLayout.CONTIGUOUS,),
+    )
 
 
 def device(word: str) -> str:

@@ -159,8 +159,8 @@ def test_our_call_computes_the_cell(small: Cell, feature: str) -> None:
     assert "CPU tensors" in absent["ours"]  # no plan without a GPU
     x = bench_cells.inputs(cell, "cpu")
     call = ours_on_cpu(cell, x)
-    assert bench._disagreement(cell, x, {"ours": call}) == ""
-    assert "wrong" in bench._disagreement(cell, x, {"ours": call * 1.05})
+    assert bench.disagreement(cell, x, {"ours": call}) == ""
+    assert "wrong" in bench.disagreement(cell, x, {"ours": call * 1.05})
     if "math" in ready:
         runnable = bench_peers.prepare("math", cell, x)
         with runnable.context():
@@ -172,7 +172,7 @@ def test_our_call_computes_the_cell(small: Cell, feature: str) -> None:
 
 
 def ours_on_cpu(cell: Cell, x: Inputs) -> torch.Tensor:
-    """What bench._ours would call, without the plan that needs a GPU."""
+    """What bench.ours would call, without the plan that needs a GPU."""
 
     class Plan:
         class spec:
@@ -182,7 +182,7 @@ def ours_on_cpu(cell: Cell, x: Inputs) -> torch.Tensor:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "plan", lambda *_, **options: Plan)
-        result = bench._ours(cell, x).call()
+        result = bench.ours(cell, x).call()
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -208,7 +208,7 @@ def test_a_wrong_result_is_not_timed(small: Cell, monkeypatch: pytest.MonkeyPatc
     def ours(cell: Cell, x: Inputs, tile: str | None) -> Runnable:
         return Runnable(lambda: attention(x.q, x.k, x.v, causal=cell.causal)[0].to(x.q.dtype) * factor)
 
-    monkeypatch.setattr(bench, "_ours", ours)
+    monkeypatch.setattr(bench, "ours", ours)
     ready, absent = bench._prepare(small, "cpu", ("cudnn", "math"))
     assert "math" in ready and "cudnn" in absent
     assert ("ours" in ready) is agrees
@@ -224,7 +224,7 @@ def test_a_packed_cell_is_held_against_the_band_kernel(small: Cell, monkeypatch:
         asked.append((cell.packed, cell.causal, tile))
         return Runnable(lambda: attention(x.q, x.k, x.v, causal=True)[0].to(x.q.dtype))
 
-    monkeypatch.setattr(bench, "_ours", ours)
+    monkeypatch.setattr(bench, "ours", ours)
     ready, _ = bench._prepare(replace(small, packed=True), "cpu", (), "sm90")
     assert list(ready) == ["ours", bench.BAND]
     assert asked == [(True, True, "sm90"), (False, True, "sm90")]
@@ -237,7 +237,7 @@ def test_a_kernel_that_is_not_built_is_absent_with_the_command(
     def ours(*_: Any) -> Runnable:
         raise KernelNotBuilt("build it with\n  fmha build x", name="x", command="fmha build x")
 
-    monkeypatch.setattr(bench, "_ours", ours)
+    monkeypatch.setattr(bench, "ours", ours)
     _, absent = bench._prepare(small, "cpu", ("math",))
     assert absent == {"ours": "build it with fmha build x"}
 

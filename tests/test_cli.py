@@ -533,6 +533,6 @@ def test_bad_option_is_exit_2():
 def test_version_and_help():
     assert fmha_runtime.__version__ in fmha("--version").stdout
     text = fmha("--help").stdout
-    for command in ("list", "explain", "build", "verify", "bench", "inspect", "doctor", "cache"):
+    for command in ("list", "explain", "build", "verify", "bench", "tune", "inspect", "doctor", "cache"):
         assert re.search(rf"^  {command} ", text, re.MULTILINE)
         assert fmha(command, "--help").exit_code == 0

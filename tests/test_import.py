@@ -25,7 +25,8 @@ FLOORS = {
     5: "verify verify_cases verify_check bench bench_record plots doctor inspection progress"
     " report selection integrations integrations.transformers"
     " compat compat.shared compat.kvcache compat.bert_padding compat.flash_attn compat.flash_attn_3"
-    " bench_cells bench_libraries bench_peers bench_provider",
+    " bench_cells bench_libraries bench_peers bench_provider"
+    " tune tune_record tune_variants tune_worker",
     6: "cli demo",
     7: "__init__ __main__",
 }

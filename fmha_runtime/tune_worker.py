@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs in a process of its own while tuning: check variants of a kernel, and time them, taking turns.
+
+A variant may hang or take the GPU's context down. So every step is announced before it begins, and tune.py ends a
+process that falls silent and knows by the last announcement which variant it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .bench_cells import Cell
+from .catalog import Tile
+from .errors import DriverError, FmhaError
+from .spec import KernelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Send = Callable[[tuple[Any, ...]], None]
+"""Messages: ("ready",) ("checking", variant) ("checked", variant, state, reason) ("trying", cell, variant)
+("refused", cell, variant, state, reason) ("turns", cell) ("timed", cell, {name: TFLOP/s}) ("end",)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process is to do."""
+
+    kernel: str
+    variants: tuple[str, ...]  # tiles, as text
+    cells: tuple[Cell, ...] = ()
+    peers: tuple[str, ...] = ()
+    device: str = "cuda:0"
+    reps: int = 10
+    seconds: float = 10.0  # of a cell
+
+
+def check(job: Job, send: Send) -> None:
+    """Hold every variant to the number rule of verify.py, on its quick cases."""
+    from . import launch, verify
+
+    spec = KernelSpec.parse(job.kernel)
+    send(("ready",))
+    for variant in job.variants:
+        send(("checking", variant))
+        tile = Tile.parse(variant)
+        try:
+            kernel = launch.load(spec, device=job.device, tile=tile)
+
+            def run(q: Tensor, k: Tensor, v: Tensor, kernel: Any = kernel, tile: Tile = tile, **options: Any) -> Any:
+                return launch.run(kernel, spec, q, k, v, tile=tile, **options)
+
+            report = verify.verify_kernel(spec, device=job.device, quick=True, runner=run)
+        except FmhaError as error:
+            send(("checked", variant, "fault" if isinstance(error, DriverError) else "not built", str(error)))
+            continue
+        fault = any(f.check == "fault" for r in report.failed for f in r.failures)
+        why = [f"case {r.case.id}: {r.failures[0]}" for r in report.failed]
+        send(("checked", variant, "ok" if report.ok else "fault" if fault else "wrong", "; ".join(why[:2])))
+        if fault:  # the context is lost, and with it this process
+            return
+    send(("end",))
+
+
+def measure(job: Job, send: Send) -> None:
+    """TFLOP/s of variants and peers in every cell."""
+    import torch
+
+    from . import bench, bench_peers
+    from .bench_cells import inputs
+    from .bench_provider import Absent, Runnable
+    from .bench_record import OURS
+
+    spec = KernelSpec.parse(job.kernel)
+    torch.cuda.set_device(job.device)
+    timer = bench.CudaTimer(job.device)
+    send(("ready",))
+    for cell in job.cells:
+        x = inputs(cell, job.device)
+        ready: dict[str, Runnable] = {}
+        outputs: dict[str, Tensor] = {}
+        for name in (*job.peers, *job.variants):
+            send(("trying", cell.key, name))
+            try:
+                if name in job.peers:
+                    runnable = bench_peers.prepare(name, cell, x)
+                else:
+                    runnable = bench.ours(cell, x, f"{spec.arch.value} {name}")
+                with runnable.context():
+                    for _ in range(2):
+                        out = runnable.output(runnable.call())
+                    torch.cuda.synchronize()
+            except (Absent, FmhaError) as error:
+                send(("refused", cell.key, name, "not run", str(error)))
+                continue
+            except Exception as error:  # torch.AcceleratorError where a kernel failed: the context is lost
+                send(("refused", cell.key, name, "fault", f"{type(error).__name__}: {error}"))
+                return
+            if name in job.peers:
+                outputs[name] = out
+            elif wrong := bench.disagreement(cell, x, {**outputs, OURS: out}):
+                send(("refused", cell.key, name, "wrong", wrong))
+                continue
+            ready[name] = runnable
+        send(("turns", cell.key))
+        found = bench.interleave(ready, timer, job.reps, job.seconds)
+        speeds = {name: round(cell.flops / statistics.median(times) / 1e6, 1) for name, times in found.items()}
+        send(("timed", cell.key, speeds))
+    send(("end",))
