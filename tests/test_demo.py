@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -27,8 +28,7 @@ def test_demo_notices_a_lost_mask(monkeypatch, capsys):
     resolve = adapter._resolve
 
     def lose(*args):
-        left, right, _ = resolve(*args)
-        return left, right, None
+        return replace(resolve(*args), seqused_k=None)
 
     monkeypatch.setattr(adapter, "_resolve", lose)
     assert demo.main(["--device", "emulator"]) == 1

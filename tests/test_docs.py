@@ -34,7 +34,7 @@ def test_readme_transformers_example_names_what_exists():
     from fmha_runtime.integrations import transformers
 
     assert "fmha_transformers.register()" in example
-    assert transformers.register.__kwdefaults__ == {"device": None}
+    assert transformers.register.__kwdefaults__ == {"device": None, "harmless": ()}
     assert transformers.register.__defaults__ == ("fmha",)
 
 
