@@ -145,10 +145,18 @@ class BenchRecord:
                 ratios_of = self.ratios(peer)
                 lost = sum(r < 1 for r in ratios_of.values())
                 lines.append(f"geometric mean vs {peer}: {mean:.3f} over {len(ratios_of)} cells, {lost} lost")
+        for name in self.providers:
+            peak = max((t for t in self.cells if t.provider == name and t.peak_mib), key=_peak, default=None)
+            if peak is not None:
+                lines.append(f"memory that a call takes at most, {name}: {_peak(peak):.0f} MiB ({peak.case})")
         for h in self.host:
             text = f"{h.host_us:.1f} us" if h.host_us is not None else f"absent: {h.absent}"
             lines.append(f"host time per call, {h.case}, {h.provider}: {text}")
         return lines
+
+
+def _peak(timing: Timing) -> float:
+    return timing.peak_mib or 0.0
 
 
 def _number(value: float | None) -> str:

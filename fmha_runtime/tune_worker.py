@@ -101,8 +101,8 @@ def measure(job: Job, send: Send) -> None:
                 return
             if name in job.peers:
                 outputs[name] = out
-            elif wrong := bench.disagreement(cell, x, {**outputs, OURS: out}):
-                send(("refused", cell.key, name, "wrong", wrong))
+            elif why := bench.wrong(cell, x, {**outputs, OURS: out}).get(OURS):
+                send(("refused", cell.key, name, "wrong", why))
                 continue
             ready[name] = runnable
         send(("turns", cell.key))

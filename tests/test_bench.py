@@ -159,8 +159,8 @@ def test_our_call_computes_the_cell(small: Cell, feature: str) -> None:
     assert "CPU tensors" in absent["ours"]  # no plan without a GPU
     x = bench_cells.inputs(cell, "cpu")
     call = ours_on_cpu(cell, x)
-    assert bench.disagreement(cell, x, {"ours": call}) == ""
-    assert "wrong" in bench.disagreement(cell, x, {"ours": call * 1.05})
+    assert bench.wrong(cell, x, {"ours": call}) == {}
+    assert "reference" in bench.wrong(cell, x, {"ours": call * 1.05})["ours"]
     if "math" in ready:
         runnable = bench_peers.prepare("math", cell, x)
         with runnable.context():
@@ -211,10 +211,30 @@ def test_a_wrong_result_is_not_timed(small: Cell, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "ours", ours)
     ready, absent = bench._prepare(small, "cpu", ("cudnn", "math"))
     assert "math" in ready and "cudnn" in absent
-    assert ("ours" in ready) is agrees
-    assert agrees or ("distance 5." in absent["ours"] and "to math" in absent["ours"])
-    _, absent = bench._prepare(small, "cpu", ())  # nobody else: the reference judges
-    assert agrees or "to the reference in sequence 0, head 0" in absent["ours"]
+    for peers in (("cudnn", "math"), ()):  # with nobody else the reference judges
+        ready, absent = bench._prepare(small, "cpu", peers)
+        assert ("ours" in ready) is agrees and ("math" in ready) is bool(peers)
+        assert agrees or "wrong: relative L2 distance 5." in absent["ours"]
+        assert agrees or "to the reference in sequence 0, head 0" in absent["ours"]
+
+
+def test_the_reference_says_which_of_two_is_wrong(small: Cell) -> None:
+    x = bench_cells.inputs(small, "cpu")
+    right = attention(x.q, x.k, x.v, causal=True)[0].half()
+    assert bench.wrong(small, x, {"ours": right, "flash": right, "cudnn": right}) == {}
+    off = right * 1.05
+    assert list(bench.wrong(small, x, {"ours": right, "flash": right, "cudnn": off})) == ["cudnn"]
+    assert list(bench.wrong(small, x, {"ours": off, "flash": right})) == ["ours"]
+    assert list(bench.wrong(small, x, {"flash": off})) == ["flash"]
+    between = right.clone()
+    between[0, :, 1:] *= 1.05  # the reference looks at the first and the last head only
+    assert "to flash" in bench.wrong(small, x, {"ours": between, "flash": right})["ours"]
+    # Torch's mask tensor of ALiBi is rounded; a library with ALiBi of its own is not.
+    alibi = replace(small, alibi=True)
+    x = bench_cells.inputs(alibi, "cpu")
+    right = attention(x.q, x.k, x.v, causal=True, alibi_slopes=x.slopes)[0].half()
+    assert bench.wrong(alibi, x, {"ours": right, "cudnn": right * 1.05}) == {}
+    assert list(bench.wrong(alibi, x, {"ours": right, "flash_attn": right * 1.05})) == ["flash_attn"]
 
 
 def test_a_packed_cell_is_held_against_the_band_kernel(small: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +362,7 @@ def test_the_table_marks_losses_and_lists_absences() -> None:
     assert "absent: cudnn in 1 cells: no such head dim" in text
     assert "geometric mean vs cudnn: 0.500 over 1 cells, 1 lost" in text
     assert "geometric mean vs flash: 2.000 over 2 cells, 0 lost" in text
+    assert "at most, flash: 64 MiB (bf16_d64_s512_n)" in text
     assert "ours: 9.5 us" in text and "cudnn: absent: not there" in text
 
 
