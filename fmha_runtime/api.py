@@ -13,6 +13,7 @@ are of q's kind; ``out=`` is written in place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _PLAN_LIMIT = 4096
 _plans: dict[Any, Plan] = {}
+# A forked child makes its plans anew: those of its parent hold kernels that it may not launch, and perhaps a lock.
+os.register_at_fork(after_in_child=_plans.clear)
 
 
 def attention(

@@ -11,7 +11,7 @@ import pytest
 from fmha_runtime import cli, config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "recipes").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 
 
