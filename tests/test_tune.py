@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +295,30 @@ def test_the_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert asked["specs"] == [HOPPER.name]
     assert asked["peers"] == ["cudnn", "flash"] and asked["timeout"] == 5
     assert "choice    128x176" in result.stdout and TuneRecord.load(path) == record()
+
+
+@pytest.mark.nvcc
+def test_variants_are_built_with_the_real_compiler(own_cache: Path) -> None:
+    spec = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
+    good, narrow = Tile.parse("128x64 w12 s2 c1"), Tile.parse("192x240 w16 s2 c1")
+    outcomes = tune.build_all([(spec, good), (spec, narrow)], jobs=1)
+    assert outcomes[spec, good].state == "ok" and outcomes[spec, good].registers
+    assert outcomes[spec, narrow].state == "not built"  # three consumers have 160 registers, S alone takes 120
+    assert tune.build_all([(spec, good)], jobs=1) == {(spec, good): outcomes[spec, good]}
+
+
+def test_the_page_says_what_was_chosen_and_what_the_catalogue_has(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+    import gen_tables
+
+    assert "No run is recorded" in gen_tables.tiles(tmp_path)
+    found = record()
+    TuneRecord({"gpu": "H200", "date": "2026-11-22"}, found.kernels).save(tmp_path / "docs" / "notes" / "tune_x.json")
+    page = gen_tables.tiles(tmp_path)
+    now = str(catalog.tile(HOPPER))
+    now = now if now == "128x176 w12 s2 c1" else f"**{now}**"
+    row = f"| `{HOPPER.name}` | 128x176 w12 s2 c1 | 1.027 | 128x128 w12 s2 c1 | 0.953 | {now} | 2 of 3 right and timed"
+    assert f"{row} | older |" in page
 
 
 @pytest.mark.skipif(driver.available(), reason="this is about machines without a GPU")

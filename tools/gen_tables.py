@@ -6,7 +6,8 @@
     python tools/gen_tables.py --check    change nothing, exit 1 when a part is out of date
 
 A part lies between ``<!-- generated:NAME -->`` and ``<!-- /generated:NAME -->``. Its sources are
-the catalogue, the ledger cubins/verified.json and the benchmark records docs/bench/*.json.
+the catalogue, the ledger cubins/verified.json, the benchmark records docs/bench/*.json and the tuning records
+docs/notes/tune_*.json.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import bench_cells, catalog, ledger  # noqa: E402
+from fmha_runtime import bench_cells, catalog, ledger, sources  # noqa: E402
 from fmha_runtime.bench import BAND  # noqa: E402
 from fmha_runtime.bench_peers import SDPA  # noqa: E402
 from fmha_runtime.bench_record import OURS, BenchRecord  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
 from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec  # noqa: E402
+from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord  # noqa: E402
 
 
 def support(root: Path) -> str:
@@ -230,6 +232,35 @@ def feature_speed(root: Path) -> str:
     return "\n\n".join([text, _markdown(rows), *absent])
 
 
+def tiles(root: Path) -> str:
+    """What tuning runs chose, and what the catalogue has now."""
+    parts = []
+    for path in sorted((root / "docs" / "notes").glob("tune_*.json")):
+        record = TuneRecord.load(path)
+        rows = [["kernel", "choice", "score", "catalogue then", "score", "catalogue now", "variants", "sources"]]
+        for tuned in record.kernels:
+            spec, chosen = KernelSpec.parse(tuned.kernel), tuned.choice
+            own = next((o for o in tuned.outcomes if o.variant == tuned.catalogue), None)
+            now = str(catalog.tile(spec)) if catalog.exists(spec) else "-"
+            best = chosen.variant if chosen else "-"
+            right = sum(tuned.score(o) is not None for o in tuned.outcomes)
+            row = [f"`{tuned.kernel}`", best, _score(tuned, chosen), tuned.catalogue, _score(tuned, own)]
+            row += [now if now == best else f"**{now}**", f"{right} of {len(tuned.outcomes)} right and timed"]
+            current = catalog.exists(spec) and sources.source_hash(spec) == tuned.source_hash
+            rows.append([*row, "present" if current else "older"])
+        where = f"{record.meta['gpu']}, {record.meta['date'][:10]}"
+        parts.append(
+            f"[{path.stem}](notes/{path.name}), {where}. The score is the geometric mean of the speed over cuDNN's."
+        )
+        parts.append(_markdown(rows))
+    return "\n\n".join(parts) or "No run is recorded yet: `fmha tune --json docs/notes/tune_NAME.json`."
+
+
+def _score(tuned: Tuned, outcome: Outcome | None) -> str:
+    score = tuned.score(outcome) if outcome else None
+    return "-" if score is None else f"{score:.3f}"
+
+
 def _latest(root: Path, cases: Sequence[str]) -> tuple[Path, BenchRecord] | None:
     """The newest record, of kernels that nobody forced, that has at least nine tenths of the cases."""
     fits = []
@@ -269,6 +300,7 @@ PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
         "yardstick": yardstick,
         "goals": goals,
         "features": feature_speed,
+        "tiles": tiles,
         "performance": performance,
     },
 }
