@@ -287,6 +287,45 @@ def test_kvcache_of_packed_queries_and_keys(device):
     assert all(torch.equal(*pair) for pair in zip(caches, expected, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["dense", "paged", "leftpad"])
+def test_a_decoding_step_in_a_cuda_graph(layout):
+    """Rotary embedding, appending and attention are captured: nothing of it reads a device value on the host."""
+    torch.manual_seed(0)
+    b, size, steps = 2, 64, 9
+    q, k, v = torch.randn(3, steps, b, 1, 4, 64, device="cuda").to(BF16)
+    cos, sin = (f(torch.rand(size, 8, device="cuda")) for f in (torch.cos, torch.sin))
+    lengths = torch.tensor([5, 30], dtype=INT, device="cuda")
+    options = {"cache_seqlens": lengths, "rotary_cos": cos, "rotary_sin": sin, "causal": True}
+    if layout == "paged":
+        caches = [torch.randn(12, 16, 4, 64, device="cuda").to(BF16) for _ in range(2)]
+        options["block_table"] = torch.randperm(12, device="cuda")[:8].view(b, 4).to(INT)
+    else:
+        caches = [torch.randn(b, size, 4, 64, device="cuda").to(BF16) for _ in range(2)]
+    if layout == "leftpad":
+        options["cache_leftpad"] = torch.tensor([3, 0], dtype=INT, device="cuda")
+    begin, start = lengths.clone(), [x.clone() for x in caches]
+    want = []
+    for t in range(steps):
+        want.append(fa.flash_attn_with_kvcache(q[t], *caches, k[t], v[t], **options))
+        lengths += 1
+    filled = [x.clone() for x in caches]
+    static = [x[0].clone() for x in (q, k, v)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fa.flash_attn_with_kvcache(static[0], *caches, *static[1:], **options)
+    lengths.copy_(begin)
+    for x, y in zip(caches, start, strict=True):
+        x.copy_(y)
+    for t in range(steps):
+        for x, y in zip(static, (q, k, v), strict=True):
+            x.copy_(y[t])
+        graph.replay()
+        assert torch.equal(out, want[t])
+        lengths += 1
+    assert all(torch.equal(*pair) for pair in zip(caches, filled, strict=True))
+
+
 @CPU_AND_GPU
 def test_version_3_has_its_own_order(device):
     q, k, v = tensors(device)
@@ -347,9 +386,10 @@ def test_gradients_are_refused(monkeypatch):
         fa.flash_attn_func(q, k, v)
 
 
-def test_on_the_emulator(monkeypatch):
+@pytest.mark.parametrize("device", ["emulator", "emulator:sm90"])
+def test_on_the_emulator(monkeypatch, device):
     """The kernels themselves, among them the paths with gaps between sequences and pages of a dense cache."""
-    monkeypatch.setattr(fa.shared, "device", "emulator")
+    monkeypatch.setattr(fa.shared, "device", device)
     q, k, v = tensors("cpu", 3, 4, 64)
     close(fa.flash_attn_func(q, k, v, causal=True), batched(q, k, v, causal=True)[0])
     lengths, leftpad = [60, 9, 33], [5, 9, 0]
