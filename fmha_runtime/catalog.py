@@ -152,12 +152,12 @@ def _features(arch: Arch) -> tuple[tuple[Mask, Score, KvLayout], ...]:
 
 
 _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    f"fmha_fwd_sm90a_{dtype}_d{d}{score}": (
-        32,
-        "in the producer's set-up of a tile, which has 32 to 40 registers and runs ahead",
-    )
+    f"fmha_fwd_sm90a_{dtype}_d{dims}{score}": (size, "in the producer's set-up of a tile: its loop has none")
     for dtype in ("fp16", "bf16")
-    for d in (32, 40, 48, 64, 72, 80, 96, 104, 256)
+    for dims, size in {
+        **dict.fromkeys(("72", "80", "96", "104", "128", "192x128"), 48),
+        **dict.fromkeys(("160", "192", "256"), 128),
+    }.items()
     for score in ("", "_alibi", "_softcap")
 } | {
     f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
@@ -253,11 +253,13 @@ def _smem(spec: KernelSpec, tile: Tile) -> int:
 
 
 def _hopper_smem(spec: KernelSpec, tile: Tile) -> int:
-    """Q, K and V in column groups as wide as the swizzle span, and 256 bytes of barriers."""
+    """Q (of two tiles where there is room), K and V in column groups as wide as the swizzle span, and 1024 bytes of
+    barriers and assignments."""
     columns = 32 if spec.head_dim <= 32 else 64
     depth, width = (-(-d // columns) * columns for d in (spec.head_dim, spec.head_dim_v))
-    elements = tile.block_m * depth + tile.stages * tile.block_n * (depth + width)
-    return spec.dtype.itemsize * elements + 256
+    q_tile = spec.dtype.itemsize * tile.block_m * depth
+    one = q_tile + spec.dtype.itemsize * tile.stages * tile.block_n * (depth + width) + 1024
+    return one + q_tile if one + q_tile <= spec.arch.smem_limit else one
 
 
 def allowed_spill_bytes(spec: KernelSpec) -> int:

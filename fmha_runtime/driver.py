@@ -12,7 +12,7 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -275,7 +275,47 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
         attribute = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _call("cuKernelSetAttribute", attribute, smem, kernel, _device(device))
         function = _call("cuKernelGetFunction", kernel)
+        if device not in _queues:
+            _queues[device] = _allocate_queue_words()
         return _kernels.setdefault(key, Kernel(name, device, library, function))
+
+
+QUEUE_WORDS = 1 << 14
+"""Counters of a device: one a stream, and one a launch that is captured into a graph."""
+
+_queues: dict[int, Iterator[int]] = {}  # device -> addresses of the words not given out yet
+_stream_words: dict[tuple[int, int], int] = {}
+_PER_THREAD_STREAM = 2
+
+
+def queue_word(device: int, stream: int) -> int | None:
+    """Address of a zeroed word for the tile queue of a launch (tile_queue.cuh), which is zero again when it has run.
+
+    Launches on one stream follow each other and share a word. A captured launch gets one for itself: its graph may run
+    beside other work of the stream that it was captured on.
+
+    Returns:
+        None where no word can be had without a risk: on the per-thread default stream, whose one handle means a stream
+        a thread, and when all are given out. The kernel then deals its tiles out in turn.
+    """
+    word = _stream_words.get((device, stream))
+    if word is not None and not stream_is_capturing(stream):
+        return word
+    if stream == _PER_THREAD_STREAM:
+        return None
+    with _lock:
+        word = next(_queues[device], None)
+        if word is not None and not stream_is_capturing(stream):
+            _stream_words[device, stream] = word
+        return word
+
+
+def _allocate_queue_words() -> Iterator[int]:
+    """Zeroed memory of the current device, kept for the life of the process."""
+    address = int(_call("cuMemAlloc", 4 * QUEUE_WORDS))
+    _call("cuMemsetD32", address, 0, QUEUE_WORDS)
+    _call("cuStreamSynchronize", 0)
+    return iter(range(address, address + 4 * QUEUE_WORDS, 4))
 
 
 def _check_whole(name: str, image: bytes) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from . import build, call, catalog, config, driver, emulator, manifest, params, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
-from .errors import DriverError, InputError, KernelNotBuilt
+from .errors import DriverError, EmulatorFault, InputError, KernelNotBuilt
 from .packed_mask import PackedMask, pack_mask
-from .params import UNLIMITED, FwdTmaParams
+from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .spec import Arch, KernelSpec
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ Kernel = Any  # driver.Kernel or emulator.Kernel: the same interface, no common 
 
 EMULATED_L2 = 16 << 20
 EMULATED_SMS = 2
-PERSISTENT_SEQLEN = 1024
-"""Up to this many keys a Hopper CTA works through several query tiles: starting one costs as much as a few KV tiles.
-Longer tiles are left to the hardware's scheduler, which balances causal work better (docs/notes/hopper_forward.md)."""
 LOG2_E = math.log2(math.e)
 
 
@@ -149,7 +146,7 @@ class Plan:
         self._device = -1 if self._emulated else kernel.device
         self._torch = torch
         block = params.allocate(spec)
-        p = self._params = block.fwd if isinstance(block, FwdTmaParams) else block
+        p = self._params = block.tma.fwd if isinstance(block, FwdSm90Params) else block
         strides = out.stride() if out is not None else _contiguous(shape.out)
         self._out_strides = strides
         for stride, own in (
@@ -179,9 +176,12 @@ class Plan:
         if self.grid >= 1 << 31:
             raise InputError(f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
         self._maps: tuple[int, ...] = ()
-        if isinstance(block, FwdTmaParams):
-            self.grid = block.ctas = self._ctas()
-            self._encode_maps(block, (q, k, v))
+        self._queued = False
+        if isinstance(block, FwdSm90Params):
+            tiles, self.grid = self.grid, self._ctas()
+            block.tma.ctas = self.grid
+            self._queued = self.grid < tiles
+            self._encode_maps(block.tma, (q, k, v))
         self._block = block
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         self._argument_address = ctypes.addressof(self._argument)
@@ -190,9 +190,7 @@ class Plan:
         return f"{self.spec.name} tile {self.tile} grid {self.grid} smem {self._smem} {self.shape} {self.options}"
 
     def _ctas(self) -> int:
-        """CTAs of a Hopper kernel: one a tile, or as many as fit the GPU at once."""
-        if self.shape.varlen or self.shape.seqlen_k > PERSISTENT_SEQLEN:
-            return self.grid
+        """CTAs of a Hopper kernel: as many as fit the GPU at once, each of which works through several tiles."""
         sms = EMULATED_SMS if self._emulated else driver.sm_count(self._device)
         return min(self.grid, sms * self.tile.ctas_per_sm)
 
@@ -203,7 +201,7 @@ class Plan:
         columns = 32 if self.shape.head_dim <= 32 else 64  # FwdSm90Traits::kGroupColumns
         swizzle = tensor_map.Swizzle.B64 if columns == 32 else tensor_map.Swizzle.B128
         encode = tensor_map.encode_emulated if self._emulated else tensor_map.encode
-        rows = (self.tile.block_m, self.tile.block_n, self.tile.block_n)
+        rows = (64, self.tile.block_n, self.tile.block_n)  # Q: a consumer's
         slots = (block.q_map, block.k_map, block.v_map)
         for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
             layout = tensor_map.layout(tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle)
@@ -360,6 +358,8 @@ class Plan:
         cuda = self._torch._C
         if stream is None:
             stream = cuda._cuda_getCurrentRawStream(device)
+        if self._queued:
+            self._block.queue = driver.queue_word(device, stream)
         if cuda._cuda_getDevice() == device:
             self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
         else:
@@ -374,13 +374,19 @@ class Plan:
     ) -> None:
         for slot, address in zip(self._maps, addresses, strict=False):
             tensor_map.replace_address_emulated(slot, address)
+        queue = ctypes.c_uint32(0)
         buffers = [
             (t.data_ptr(), tensors.extent_bytes(t), writable)
             for group, writable in ((inputs, False), (outputs, True))
             for t in group
             if t is not None
         ]
+        if self._queued:
+            self._block.queue = ctypes.addressof(queue)
+            buffers.append((self._block.queue, 4, True))
         self.kernel.launch(self.grid, self._threads, self._smem, 0, ctypes.addressof(self._block), buffers)
+        if queue.value:
+            raise EmulatorFault(f"kernel {self.spec.name} left its tile queue at {queue.value}, which must be 0 again")
 
 
 def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:

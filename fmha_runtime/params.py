@@ -92,12 +92,22 @@ class FwdTmaParams(ctypes.Structure):
     ]
 
 
-def block_type(spec: KernelSpec) -> type[FwdParams] | type[FwdTmaParams]:
+class FwdSm90Params(ctypes.Structure):
+    """By-value argument of Hopper's kernels: params_sm90.h."""
+
+    _fields_ = [
+        ("tma", FwdTmaParams),
+        ("queue", ctypes.c_void_p),
+        ("padding", ctypes.c_uint8 * 56),
+    ]
+
+
+def block_type(spec: KernelSpec) -> type[FwdParams] | type[FwdSm90Params]:
     """The struct that a kernel takes."""
-    return FwdTmaParams if spec.arch is Arch.SM90A else FwdParams
+    return FwdSm90Params if spec.arch is Arch.SM90A else FwdParams
 
 
-def allocate(spec: KernelSpec) -> FwdParams | FwdTmaParams:
+def allocate(spec: KernelSpec) -> FwdParams | FwdSm90Params:
     """A zeroed parameter block for a kernel, at an address that is a multiple of 64."""
     kind = block_type(spec)
     room = ctypes.create_string_buffer(ctypes.sizeof(kind) + 63)

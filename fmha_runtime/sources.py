@@ -42,7 +42,7 @@ def render(spec: KernelSpec, tile: Tile) -> str:
     """The translation unit of a kernel: the same text for nvcc and for the emulator's g++."""
     family = _family(spec)
     traits, params = (
-        (_sm90_traits(spec, tile), "FwdTmaParams") if family == "fwd_sm90" else (_sm80_traits(spec, tile), "FwdParams")
+        (_sm90_traits(spec, tile), "FwdSm90Params") if family == "fwd_sm90" else (_sm80_traits(spec, tile), "FwdParams")
     )
     return f"""#include "{header(spec)}"
 using Traits = fmha::{traits};

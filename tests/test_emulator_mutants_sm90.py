@@ -21,14 +21,13 @@ SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
 IN_FLIGHT = "wgmma: reads shared memory offset .* while a tma_load_4d to it"
 
 
-def mutant(pattern: str, replacement: str, fault: str, file: str = "fwd_sm90.cuh") -> Mutant:
-    return Mutant(file, pattern, replacement, fault, SPEC.name)
+def mutant(pattern: str, replacement: str, fault: str, file: str = "fwd_sm90.cuh", kernel: str = SPEC.name) -> Mutant:
+    return Mutant(file, pattern, replacement, fault, kernel)
 
 
 WAIT_V = r"mbarrier_wait\(smem\.v_full\(previous\.stage\), previous\.parity\);"
 FENCE_STEP = r"wgmma_fence\(\);(\s*issue_qk\(ring\.stage\);\s*mbarrier_wait)"
 WAIT_PV = r"wgmma_wait<0>\(\);  // only now[^\n]*\n"
-PRODUCER_Q = r"mbarrier_wait\(smem\.q_empty\(\), q_parity\);"
 
 MUTANTS = {
     "barriers not shown to the copy engine": mutant(
@@ -47,7 +46,26 @@ MUTANTS = {
         IN_FLIGHT,
     ),
     "Q is not waited for": mutant(
-        r"mbarrier_wait\(smem\.q_full\(\), q_parity\);", "", f"{IN_FLIGHT}|more arrivals than"
+        r"mbarrier_wait\(smem\.q_full\(q_ring\.stage, consumer\), q_ring\.parity\);",
+        "",
+        f"{IN_FLIGHT}|more arrivals than|ld_shared_v4: (race|reads)",
+    ),
+    "Q and its assignment are replaced while they are read": mutant(
+        r"mbarrier_wait\(smem\.q_empty\(q_ring\.stage, consumer\), q_ring\.parity \^ 1\);",
+        "",
+        "more arrivals than|tma_load_4d: (race|writes)|st_shared_v4: race|" + IN_FLIGHT,
+        kernel="fmha_fwd_sm90a_bf16_d160",  # one stage of Q: it is replaced as soon as it may
+    ),
+    "the queue of tiles is not put back": mutant(
+        r"st_global_u32\(queue, 0\);", "", "left its tile queue at 6", file="tile_queue.cuh"
+    ),
+    "a consumer that passes keeps the turn": mutant(
+        r"pass_turn\(\);(\s*release\(smem\.k_empty\(ring\.stage\)\);\s*mbarrier_wait)", r"\1", "deadlock"
+    ),
+    "a consumer that passes keeps the tile": mutant(
+        r"(pass_turn\(\);\s*)release\(smem\.k_empty\(ring\.stage\)\);(?=\s*mbarrier_wait\(smem\.v_full)",
+        r"\1",
+        "deadlock",
     ),
     "K is refilled while it is read": mutant(
         r"mbarrier_wait\(smem\.k_empty\(ring\.stage\), ring\.parity \^ 1\);",
@@ -74,9 +92,7 @@ MUTANTS = {
         "mbarrier_init(v_empty(stage), kConsumerWarps + 1)",
         "deadlock.* of 13 arrivals",
     ),
-    "wrong number of bytes": mutant(
-        r"groups \* group_bytes\);", "groups * group_bytes + 16);", "deadlock.* bytes announced"
-    ),
+    "wrong number of bytes": mutant(r"Traits::kKBytes\);", "Traits::kKBytes + 16);", "deadlock.* bytes announced"),
     "parity of the ring never flips": mutant(
         r"parity \^= 1;(?=\s*\}\s*\}\s*\};)", "", "more arrivals than|deadlock|tma_load_4d|wgmma"
     ),
@@ -115,15 +131,15 @@ MUTANTS = {
 }
 
 
-def outputs(kernel: emulator.Kernel) -> torch.Tensor:
-    """Two query tiles of two heads, three key tiles, the last one ragged and followed by NaN."""
+def outputs(kernel: emulator.Kernel, spec: KernelSpec = SPEC) -> torch.Tensor:
+    """Two query tiles of three heads on two CTAs, three key tiles, the last one ragged and followed by NaN."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, rows, 2, SPEC.head_dim, generator=generator).to(torch.bfloat16) for rows in (200, 390, 390)
+        torch.randn(1, rows, 3, spec.head_dim, generator=generator).to(torch.bfloat16) for rows in (200, 390, 390)
     )
     k[:, 300:] = v[:, 300:] = float("nan")
     used = torch.tensor([300], dtype=torch.int32)
-    out = launch.run(kernel, SPEC, q, k, v, seqused_k=used)
+    out = launch.run(kernel, spec, q, k, v, seqused_k=used)
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -132,13 +148,13 @@ def outputs(kernel: emulator.Kernel) -> torch.Tensor:
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
     changed = MUTANTS[name]
     mutate(changed, tmp_path / "fmha")
-    text = sources.render(SPEC, catalog.tile(SPEC))
-    kernel = emulator.load_source(text, SPEC.name, [tmp_path / "fmha"])
+    spec = KernelSpec.parse(changed.spec)
+    kernel = emulator.load_source(sources.render(spec, catalog.tile(spec)), spec.name, [tmp_path / "fmha"])
     for kernel.order in Order:
         if changed.fault:
             with pytest.raises(EmulatorFault, match=changed.fault) as caught:
-                outputs(kernel)
-            assert SPEC.name in str(caught.value)
+                outputs(kernel, spec)
+            assert spec.name in str(caught.value)
         else:
             good, bad = outputs(emulator.load(SPEC)), outputs(kernel)
             assert not torch.allclose(good.float(), bad.float(), atol=0.1)

@@ -593,11 +593,13 @@ FMHA_KERNEL(use_sm90, Params, 256, 1) {
     }
     registers_inc<240>();
     named_sync(1, 256);
+    uint32_t word = atomic_add_global(reinterpret_cast<uint32_t*>(params.out), 1);
+    opaque(word);
     float d[16] = {}; uint32_t a[4] = {1, 2, 3, 4};
     fence_async_shared();
     pin(d);
     wgmma_fence();
-    Wgmma<Bf16, 32>::ss(d, 1, 2, 0);
+    Wgmma<Bf16, 32>::ss(d, word, 2, 0);
     Wgmma<Fp16, 32>::rs_trans(d, a, 2, thread);
     wgmma_commit();
     wgmma_wait<0>();

@@ -303,6 +303,11 @@ float ld_global_f32(const float* src) {
     return *src;
 }
 
+uint32_t atomic_add_global(uint32_t* word, uint32_t x) {
+    check_global(self(), Op::kAtomicAddGlobal, word, 4, 4, true);
+    return __atomic_fetch_add(word, x, __ATOMIC_RELAXED);
+}
+
 // --- cp.async
 // --------------------------------------------------------------------------------------------------------
 

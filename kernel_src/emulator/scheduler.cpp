@@ -25,6 +25,7 @@ const char* op_name(Op op) {
         "warp_any",           "ldmatrix_x4",   "ldmatrix_x4_trans", "ldmatrix_x2_trans", "mma_m16n8k16<Fp16>",
         "mma_m16n8k16<Bf16>", "ld_shared_v4",  "st_shared_v4",      "st_shared_u32",     "ld_global_v4",
         "ld_global_s32",      "ld_global_f32", "st_global_v4",      "st_global_u32",     "st_global_f32",
+        "atomic_add_global",
         "cp_async_16",        "cp_async_wait", "mbarrier_init",     "mbarrier_arrive",   "mbarrier_arrive_expect",
         "mbarrier_wait",      "tma_load_4d",   "tma_prefetch_map",  "wgmma_fence",       "wgmma",
         "wgmma_commit",       "wgmma_wait",    "registers_inc",     "registers_dec",     "named_sync",

@@ -41,6 +41,7 @@ enum class Op : uint8_t {
     kStGlobalV4,
     kStGlobalU32,
     kStGlobalF32,
+    kAtomicAddGlobal,
     kCpAsync16,
     kCpAsyncWait,
     kMbarrierInit,

@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Flash-attention forward for Hopper. One producer warp feeds rings of K and V tiles through the copy engine; two or
-// three warpgroups of consumers own 64 query rows each and multiply with wgmma.
+// Flash-attention forward for Hopper. One producer warp feeds rings of Q, K and V tiles through the copy engine and
+// says which query tile comes next; two or three warpgroups of consumers own 64 query rows each and multiply with
+// wgmma.
 //
 // A consumer issues the first product of tile n together with the second product of tile n + 1 (tiles go right to
 // left), then does the softmax of tile n. The consumers take turns issuing, so that one's softmax runs under another's
-// products. A CTA may work through several query tiles: the producer is then ahead by up to a ring.
+// products. A consumer whose rows do not see a KV tile passes its turn. A CTA may work through several query tiles: the
+// producer is then ahead by up to a ring.
 #pragma once
 #include <ptx/sm90.cuh>
 #include <ptx/wgmma.cuh>
 
 #include "epilogue.cuh"
-#include "params.h"
+#include "lazy_softmax.cuh"
+#include "params_sm90.h"
 #include "scheduler.cuh"
 #include "score.cuh"
 #include "seqlen.cuh"
-#include "softmax.cuh"
+#include "tile_queue.cuh"
 #include "traits_sm90.cuh"
 
 namespace fmha {
@@ -25,43 +28,76 @@ struct Work {
     TileCoord tile;
     SeqlenInfo seq;
     int row_begin;
-    Band band;
     KvRange range;
 
     FMHA_DEVICE Work(const FwdParams& p, int index)
         : tile(schedule(p, index)),
           seq(p, tile.batch),
           row_begin(tile.m_block * Traits::kBlockM),
-          band(p, seq),
-          range(band, row_begin, row_begin + Traits::kBlockM < seq.q_len ? row_begin + Traits::kBlockM : seq.q_len,
-                Traits::kBlockN) {}
+          range(Band(p, seq), row_begin,
+                row_begin + Traits::kBlockM < seq.q_len ? row_begin + Traits::kBlockM : seq.q_len, Traits::kBlockN) {}
 
     // Varlen grids are cut for the longest sequence.
     FMHA_DEVICE bool exists() const { return row_begin < seq.q_len; }
     FMHA_DEVICE bool has_keys() const { return range.begin < range.end; }
 };
 
-// Shared memory: Q, the K ring, the V ring, the barriers.
+// What the producer tells a consumer of a query tile, so that nobody else divides by heads or reads lengths.
+struct Assignment {
+    int row_begin;  // first query row of the tile in its sequence; negative: there are no more tiles
+    int head;
+    int batch;
+    int q_row;  // first row of the sequence in Q and O
+    int q_len;
+    int k_len;
+    int n_begin;  // KV tiles that are loaded for this query tile
+    int n_end;
+
+    // SeqlenInfo reads tables; the producer has read them.
+    FMHA_DEVICE SeqlenInfo seqlens() const {
+        FwdParams dense{};
+        dense.seqlen_q = q_len;
+        dense.seqlen_k = k_len;
+        SeqlenInfo seq(dense, 0);
+        seq.q_row = q_row;
+        return seq;
+    }
+};
+
+// Shared memory: the Q ring, the K ring, the V ring, assignments, barriers. Each consumer has its own part of a Q tile,
+// with its own assignment and barriers: the first to finish a query tile need not wait for the others.
 template <class Traits>
 struct SmemSm90 {
     uint32_t base;
 
-    FMHA_DEVICE uint32_t q() const { return base; }
-    FMHA_DEVICE uint32_t k(int stage) const { return base + Traits::kQBytes + stage * Traits::kKBytes; }
+    FMHA_DEVICE uint32_t q(int stage) const { return base + stage * Traits::kQBytes; }
+    FMHA_DEVICE uint32_t k(int stage) const { return q(Traits::kQStages) + stage * Traits::kKBytes; }
     FMHA_DEVICE uint32_t v(int stage) const { return k(Traits::kStages) + stage * Traits::kVBytes; }
 
-    FMHA_DEVICE uint32_t q_full() const { return v(Traits::kStages); }
-    FMHA_DEVICE uint32_t q_empty() const { return q_full() + 8; }
-    FMHA_DEVICE uint32_t v_landed() const { return q_full() + 16; }  // a V tile that must be cleaned before it is full
-    FMHA_DEVICE uint32_t k_full(int stage) const { return q_full() + 24 + 8 * stage; }
+    FMHA_DEVICE uint32_t assignment(int stage, int consumer) const {
+        return v(Traits::kStages) + 32 * (stage * Traits::kConsumers + consumer);
+    }
+    FMHA_DEVICE uint32_t q_full(int stage, int consumer) const {
+        return assignment(Traits::kQStages, 0) + 8 * (stage * Traits::kConsumers + consumer);
+    }
+    FMHA_DEVICE uint32_t q_empty(int stage, int consumer) const {
+        return q_full(Traits::kQStages, 0) + 8 * (stage * Traits::kConsumers + consumer);
+    }
+    FMHA_DEVICE uint32_t k_full(int stage) const { return q_empty(Traits::kQStages, 0) + 8 * stage; }
     FMHA_DEVICE uint32_t k_empty(int stage) const { return k_full(Traits::kStages) + 8 * stage; }
     FMHA_DEVICE uint32_t v_full(int stage) const { return k_empty(Traits::kStages) + 8 * stage; }
     FMHA_DEVICE uint32_t v_empty(int stage) const { return v_full(Traits::kStages) + 8 * stage; }
+    // A V tile that must be cleaned before it is full.
+    FMHA_DEVICE uint32_t v_landed() const { return v_empty(Traits::kStages); }
 
     FMHA_DEVICE void init_barriers() const {
         constexpr int kConsumerWarps = Traits::kConsumers * 4;  // every warp says for itself when it is done reading
-        mbarrier_init(q_full(), 1);
-        mbarrier_init(q_empty(), kConsumerWarps);
+        for (int stage = 0; stage < Traits::kQStages; ++stage) {
+            for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+                mbarrier_init(q_full(stage, consumer), 1);
+                mbarrier_init(q_empty(stage, consumer), 4);
+            }
+        }
         mbarrier_init(v_landed(), 1);
         for (int stage = 0; stage < Traits::kStages; ++stage) {
             mbarrier_init(k_full(stage), 1);
@@ -70,6 +106,20 @@ struct SmemSm90 {
             mbarrier_init(v_empty(stage), kConsumerWarps);
         }
         mbarrier_init_fence();
+    }
+
+    FMHA_DEVICE void assign(int stage, int consumer, const Assignment& work) const {
+        const uint32_t at = assignment(stage, consumer);
+        const auto word = [](int x) { return static_cast<uint32_t>(x); };
+        st_shared_v4(at, Vec4{{word(work.row_begin), word(work.head), word(work.batch), word(work.q_row)}});
+        st_shared_v4(at + 16, Vec4{{word(work.q_len), word(work.k_len), word(work.n_begin), word(work.n_end)}});
+    }
+    FMHA_DEVICE Assignment assigned(int stage, int consumer) const {
+        const Vec4 a = ld_shared_v4(assignment(stage, consumer));
+        const Vec4 b = ld_shared_v4(assignment(stage, consumer) + 16);
+        const auto whole = [](uint32_t x) { return warp_uniform(static_cast<int>(x)); };
+        return Assignment{whole(a.x[0]), whole(a.x[1]), whole(a.x[2]), whole(a.x[3]),
+                          whole(b.x[0]), whole(b.x[1]), whole(b.x[2]), whole(b.x[3])};
     }
 };
 
@@ -80,7 +130,9 @@ struct RingPosition {
     uint32_t parity = 0;
 
     FMHA_DEVICE void advance() {
-        if (++stage == kStages) {
+        if constexpr (kStages == 1) {  // the stage stays a constant
+            parity ^= 1;
+        } else if (++stage == kStages) {
             stage = 0;
             parity ^= 1;
         }
@@ -89,52 +141,81 @@ struct RingPosition {
 
 // The warp that issues all copies. Its lanes stay together for the one job that needs them: cleaning V.
 template <class Traits>
-FMHA_DEVICE void produce(const FwdTmaParams& params, const SmemSm90<Traits>& smem, int lane) {
-    const FwdParams& p = params.fwd;
-    const int tiles = p.m_blocks * p.batch * p.heads;
+FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& smem, int lane) {
+    const FwdTmaParams& maps = params.tma;
+    const FwdParams& p = maps.fwd;
     RingPosition<Traits::kStages> ring;
-    uint32_t q_parity = 1;
+    RingPosition<Traits::kQStages> q_ring;
     uint32_t landed_parity = 0;
 
     // One box per column group. Coordinates: column, row, head, batch.
     const auto load_groups = [&](uint32_t to, int group_bytes, int groups, const TensorMap* map, uint32_t bar, int row,
                                  int head, int batch) {
-        mbarrier_arrive_expect(bar, groups * group_bytes);
         for (int g = 0; g < groups; ++g) {
             tma_load_4d(to + g * group_bytes, map, bar, g * Traits::kGroupColumns, row, head, batch);
         }
     };
+    // Lane 0: tells every consumer of a tile and, where there are keys, loads its rows of Q.
+    const auto assign = [&](const Assignment& work) {
+        const int batch = p.cu_seqlens_q != nullptr ? 0 : work.batch;
+        FMHA_UNROLL_1
+        for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+            const uint32_t full = smem.q_full(q_ring.stage, consumer);
+            mbarrier_wait(smem.q_empty(q_ring.stage, consumer), q_ring.parity ^ 1);
+            smem.assign(q_ring.stage, consumer, work);
+            if (work.n_begin < work.n_end) {
+                const int offset = consumer * 64;
+                mbarrier_arrive_expect(full, Traits::kQkGroups * 64 * Traits::kRowBytes);
+                load_groups(smem.q(q_ring.stage) + offset * Traits::kRowBytes, Traits::kQGroupBytes, Traits::kQkGroups,
+                            &maps.q_map, full, work.q_row + work.row_begin + offset, work.head, batch);
+            } else {
+                mbarrier_arrive(full);
+            }
+        }
+    };
 
-    for (int index = static_cast<int>(block_idx()); index < tiles; index += params.ctas) {
-        const Work<Traits> work(p, index);
+    FMHA_UNROLL_1
+    for (TileQueue queue(params); !queue.done(); queue.advance()) {
+        const Work<Traits> work(p, queue.index);
         if (!work.exists() || !work.has_keys()) {
+            queue.draw(lane);
+        }
+        if (!work.exists()) {
             continue;
         }
+        const Assignment assignment{work.row_begin, work.tile.head, work.tile.batch,  static_cast<int>(work.seq.q_row),
+                                    work.seq.q_len, work.seq.k_len, work.range.begin, work.range.end};
+        // Where Q has one stage, the first K goes before it: Q has to wait for the tile before.
+        const bool assign_first = Traits::kQStages > 1 || !work.has_keys();
+        if (assign_first && lane == 0) {
+            assign(assignment);
+        }
         const int kv_head = work.tile.head / p.heads_per_kv;
-        const int q_row = static_cast<int>(work.seq.q_row) + work.row_begin;
-        const int k_row = static_cast<int>(work.seq.k_row);
-        const int q_batch = p.cu_seqlens_q != nullptr ? 0 : work.tile.batch;
         const int k_batch = p.cu_seqlens_k != nullptr ? 0 : work.tile.batch;
         // Past the end of a tensor the copy engine fills in zeros; past the end of a sequence there is somebody else.
         const bool ragged = p.cu_seqlens_k != nullptr || p.seqused_k != nullptr;
 
         for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
-            const int row = k_row + n_block * Traits::kBlockN;
+            const int row = static_cast<int>(work.seq.k_row) + n_block * Traits::kBlockN;
             const int valid_rows = work.seq.k_len - n_block * Traits::kBlockN;
             const bool dirty = ragged && valid_rows < Traits::kBlockN;
             const uint32_t v_tile = smem.v(ring.stage);
+            if (n_block == work.range.begin) {
+                queue.draw(lane);
+            }
             if (lane == 0) {
                 mbarrier_wait(smem.k_empty(ring.stage), ring.parity ^ 1);
-                load_groups(smem.k(ring.stage), Traits::kKvGroupBytes, Traits::kQkGroups, &params.k_map,
+                mbarrier_arrive_expect(smem.k_full(ring.stage), Traits::kKBytes);
+                load_groups(smem.k(ring.stage), Traits::kKvGroupBytes, Traits::kQkGroups, &maps.k_map,
                             smem.k_full(ring.stage), row, kv_head, k_batch);
-                if (n_block == work.range.end - 1) {
-                    mbarrier_wait(smem.q_empty(), q_parity);
-                    load_groups(smem.q(), Traits::kQGroupBytes, Traits::kQkGroups, &params.q_map, smem.q_full(), q_row,
-                                work.tile.head, q_batch);
+                if (!assign_first && n_block == work.range.end - 1) {
+                    assign(assignment);
                 }
+                const uint32_t v_full = dirty ? smem.v_landed() : smem.v_full(ring.stage);
                 mbarrier_wait(smem.v_empty(ring.stage), ring.parity ^ 1);
-                load_groups(v_tile, Traits::kKvGroupBytes, Traits::kVGroups, &params.v_map,
-                            dirty ? smem.v_landed() : smem.v_full(ring.stage), row, kv_head, k_batch);
+                mbarrier_arrive_expect(v_full, Traits::kVBytes);
+                load_groups(v_tile, Traits::kKvGroupBytes, Traits::kVGroups, &maps.v_map, v_full, row, kv_head,
+                            k_batch);
             }
             if (dirty) {  // 0 * NaN is NaN: rows past the length are zeroed before anyone multiplies
                 sync_warp();
@@ -155,16 +236,18 @@ FMHA_DEVICE void produce(const FwdTmaParams& params, const SmemSm90<Traits>& sme
             }
             ring.advance();
         }
-        q_parity ^= 1;
+        q_ring.advance();
+    }
+    if (lane == 0) {
+        assign(Assignment{-1, 0, 0, 0, 0, 0, 0, 0});
     }
 }
 
 // A warpgroup of consumers: 64 rows of every query tile of the CTA.
 template <class Traits>
-FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& smem, int consumer, int warp, int lane) {
+FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& smem, int consumer, int warp, int lane) {
     using Element = typename Traits::Element;
-    const FwdParams& p = params.fwd;
-    const int tiles = p.m_blocks * p.batch * p.heads;
+    const FwdParams& p = params.tma.fwd;
 
     // Accumulators in fragment order (mask.cuh), and flat as wgmma names them.
     float o[1][Traits::kVTiles][4];
@@ -173,27 +256,34 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
     auto& s_flat = reinterpret_cast<float (&)[Traits::kNTiles * 4]>(s);
     uint32_t probs[Traits::kBlockN / 16][4];  // P as the operand of the second product
 
-    const uint64_t q_matrix = matrix_descriptor<Traits>(smem.q() + consumer * 64 * Traits::kRowBytes, 16);
-    const uint64_t k_matrix = matrix_descriptor<Traits>(smem.k(0), 16);
-    const uint64_t v_matrix = matrix_descriptor<Traits>(smem.v(0), Traits::kKvGroupBytes);
+    const MatrixDescriptor<Traits> q_matrix(smem.q(0) + consumer * 64 * Traits::kRowBytes, 16);
+    const MatrixDescriptor<Traits> k_matrix(smem.k(0), 16);
+    const MatrixDescriptor<Traits> v_matrix(smem.v(0), Traits::kKvGroupBytes);
 
+    RingPosition<Traits::kStages> ring;
+    RingPosition<Traits::kQStages> q_ring;
     const auto issue_qk = [&](int stage) {
+        uint32_t q_at = q_ring.stage * (Traits::kQBytes / 16);
+        if constexpr (Traits::kKSteps > 8) {  // more descriptors than uniform registers: make each when it is needed
+            opaque(q_at);
+        }
+        const uint32_t k_at = stage * (Traits::kKBytes / 16);
         FMHA_UNROLL
         for (int ks = 0; ks < Traits::kKSteps; ++ks) {
             const int group = ks / Traits::kStepsPerGroup;
             const int column = ks % Traits::kStepsPerGroup * 32;
             Wgmma<Element, Traits::kBlockN>::ss(
-                s_flat, q_matrix + descriptor_step(group * Traits::kQGroupBytes + column),
-                k_matrix + descriptor_step(stage * Traits::kKBytes + group * Traits::kKvGroupBytes + column), ks != 0);
+                s_flat, q_matrix.at(q_at + (group * Traits::kQGroupBytes + column) / 16),
+                k_matrix.at(k_at + (group * Traits::kKvGroupBytes + column) / 16), ks != 0);
         }
         wgmma_commit();
     };
     const auto issue_pv = [&](int stage) {
+        const uint32_t v_at = stage * (Traits::kVBytes / 16);
         FMHA_UNROLL
         for (int ks = 0; ks < Traits::kBlockN / 16; ++ks) {
-            Wgmma<Element, Traits::kHeadDimV>::rs_trans(
-                o_flat, probs[ks], v_matrix + descriptor_step(stage * Traits::kVBytes + ks * 16 * Traits::kRowBytes),
-                1);
+            Wgmma<Element, Traits::kHeadDimV>::rs_trans(o_flat, probs[ks], v_matrix.at(v_at + ks * Traits::kRowBytes),
+                                                        1);
         }
         wgmma_commit();
     };
@@ -220,30 +310,52 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
         pass_turn();
     }
 
-    RingPosition<Traits::kStages> ring;
-    uint32_t q_parity = 0;
+    // A KV tile for other consumers only: this one keeps step.
+    const auto pass_over = [&] {
+        mbarrier_wait(smem.k_full(ring.stage), ring.parity);
+        wait_for_turn();
+        pass_turn();
+        release(smem.k_empty(ring.stage));
+        mbarrier_wait(smem.v_full(ring.stage), ring.parity);
+        release(smem.v_empty(ring.stage));
+        ring.advance();
+    };
+
     FMHA_UNROLL_1
-    for (int index = static_cast<int>(block_idx()); index < tiles; index += params.ctas) {
-        const Work<Traits> work(p, index);
-        if (!work.exists()) {
-            continue;
+    for (;; q_ring.advance()) {
+        mbarrier_wait(smem.q_full(q_ring.stage, consumer), q_ring.parity);
+        const Assignment work = smem.assigned(q_ring.stage, consumer);
+        sync_warp();  // lane 0 will release what all lanes have read
+        if (work.row_begin < 0) {
+            break;
         }
-        const int warp_row = work.row_begin + consumer * 64 + warp * 16;
-        const ScoreMod<Traits::kScore> score(p, work.tile.batch, work.tile.head, work.band.diagonal);
-        Softmax<1> softmax;
+        const SeqlenInfo seq = work.seqlens();
+        const Band band(p, seq);
+        const int row_begin = work.row_begin + consumer * 64;
+        const int warp_row = row_begin + warp * 16;
+        KvRange range(band, row_begin, row_begin + 64 < seq.q_len ? row_begin + 64 : seq.q_len, Traits::kBlockN);
+        const bool idle = row_begin >= seq.q_len || range.begin >= range.end;
+        range.begin = idle ? work.n_begin : range.begin;
+        range.end = idle ? work.n_begin : range.end;
+        const ScoreMod<Traits::kScore> score(p, work.batch, work.head, band.diagonal);
+        LazySoftmax softmax;
         if (p.sinks != nullptr) {
-            softmax.add_sink(ld_global_f32(p.sinks + work.tile.head), p.scale_log2, lane);
+            softmax.add_sink(ld_global_f32(p.sinks + work.head), p.scale_log2, lane);
         }
         FMHA_UNROLL
         for (int vt = 0; vt < Traits::kVTiles; ++vt) {
             o[0][vt][0] = o[0][vt][1] = o[0][vt][2] = o[0][vt][3] = 0.f;
         }
 
-        if (work.has_keys()) {
-            const int begin = work.range.begin;
-            const int full_begin = work.range.full_begin > begin ? work.range.full_begin : begin;
-            const int full_end = work.range.full_end > begin ? work.range.full_end : begin;
-            int n_block = work.range.end - 1;
+        int n_block = work.n_end - 1;
+        FMHA_UNROLL_1
+        for (; n_block >= range.end; --n_block) {
+            pass_over();
+        }
+        if (range.begin < range.end) {
+            const int begin = range.begin;
+            const int full_begin = range.full_begin > begin ? range.full_begin : begin;
+            const int full_end = range.full_end > begin ? range.full_end : begin;
             float shrink[1][2];
 
             // S of one tile becomes P, still in S's registers.
@@ -251,21 +363,19 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
                 constexpr bool kMasked = decltype(masked)::value;
                 score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
                 if constexpr (kMasked) {
-                    apply_band_sides(s, work.band, n_block >= work.range.full_end, n_block < work.range.full_begin,
-                                     warp_row, n_block * Traits::kBlockN, lane);
+                    apply_band_sides(s, band, n_block >= range.full_end, n_block < range.full_begin, warp_row,
+                                     n_block * Traits::kBlockN, lane);
                 }
-                softmax.template step<kMasked, Traits::kLazyRescale>(s, shrink, p.scale_log2);
+                return softmax.template step<kMasked>(s, shrink, p.scale_log2);
             };
             const auto release_qk = [&](int stage) {
                 release(smem.k_empty(stage));
                 if (n_block == begin) {
-                    release(smem.q_empty());
+                    release(smem.q_empty(q_ring.stage, consumer));
                 }
             };
 
             // First tile: nothing to multiply with V yet.
-            mbarrier_wait(smem.q_full(), q_parity);
-            q_parity ^= 1;
             mbarrier_wait(smem.k_full(ring.stage), ring.parity);
             wait_for_turn();
             pin(s_flat);
@@ -275,7 +385,7 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
             wgmma_wait<0>();
             pin(s_flat);
             release_qk(ring.stage);
-            if (work.range.needs_mask(n_block)) {
+            if (range.needs_mask(n_block)) {
                 softmax_step(Bool<true>{});
             } else {
                 softmax_step(Bool<false>{});
@@ -297,11 +407,11 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
                 wgmma_wait<1>();
                 pin(s_flat);
                 release_qk(ring.stage);
-                softmax_step(masked);
+                const bool rescale = softmax_step(masked);
                 wgmma_wait<0>();  // only now may O and P be touched
                 pin(o_flat);
                 release(smem.v_empty(previous.stage));
-                if (!Traits::kLazyRescale || warp_any(shrink[0][0] != 1.f || shrink[0][1] != 1.f)) {
+                if (rescale) {
                     softmax.rescale(o, shrink);
                 }
                 pack_probs();
@@ -327,26 +437,34 @@ FMHA_DEVICE void consume(const FwdTmaParams& params, const SmemSm90<Traits>& sme
             pin(o_flat);
             release(smem.v_empty(ring.stage));
             ring.advance();
+        } else {
+            release(smem.q_empty(q_ring.stage, consumer));
+        }
+        FMHA_UNROLL_1
+        for (; n_block >= work.n_begin; --n_block) {
+            pass_over();
         }
 
         softmax.finish(o);
-        uint16_t* out = static_cast<uint16_t*>(p.o) + work.tile.batch * p.o_stride.batch +
-                        work.seq.q_row * p.o_stride.row + work.tile.head * p.o_stride.head;
-        store_rows<Element>(o, out, p.o_stride.row, warp_row, work.seq.q_len, lane);
+        uint16_t* out = static_cast<uint16_t*>(p.o) + work.batch * p.o_stride.batch + seq.q_row * p.o_stride.row +
+                        work.head * p.o_stride.head;
+        store_rows<Element>(o, out, p.o_stride.row, warp_row, seq.q_len, lane);
         if (p.lse != nullptr) {
-            float* lse =
-                p.lse + work.tile.batch * p.lse_batch_stride + work.tile.head * p.lse_head_stride + work.seq.q_row;
-            store_lse(softmax, lse, p.scale_log2, warp_row, work.seq.q_len, lane);
+            float* lse = p.lse + work.batch * p.lse_batch_stride + work.head * p.lse_head_stride + seq.q_row;
+            store_lse(softmax, lse, p.scale_log2, warp_row, seq.q_len, lane);
         }
     }
 }
 
 template <class Traits>
-FMHA_DEVICE void fwd_sm90(const FwdTmaParams& params) {
+FMHA_DEVICE void fwd_sm90(const FwdSm90Params& params) {
     const int thread = static_cast<int>(thread_idx());
     const int warpgroup = warp_uniform(thread / 128);
     const SmemSm90<Traits> smem{smem_base()};
     if (thread == 0) {
+        tma_prefetch_map(&params.tma.q_map);
+        tma_prefetch_map(&params.tma.k_map);
+        tma_prefetch_map(&params.tma.v_map);
         smem.init_barriers();
     }
     sync_cta();

@@ -30,42 +30,47 @@ struct FwdSm90Traits {
     static constexpr int kQkGroups = (kHeadDim + kGroupColumns - 1) / kGroupColumns;
     static constexpr int kVGroups = (kHeadDimV + kGroupColumns - 1) / kGroupColumns;
     static constexpr int kStepsPerGroup = kGroupColumns / 16;
+    static constexpr int kSmemLimit = 227 * 1024;
     static constexpr int kQGroupBytes = kBlockM * kRowBytes;
     static constexpr int kKvGroupBytes = kBlockN * kRowBytes;
     static constexpr int kQBytes = kQkGroups * kQGroupBytes;
     static constexpr int kKBytes = kQkGroups * kKvGroupBytes;
     static constexpr int kVBytes = kVGroups * kKvGroupBytes;
-    static constexpr int kBarrierBytes = 256;
-    static constexpr int kSmemBytes = kQBytes + kStages * (kKBytes + kVBytes) + kBarrierBytes;
+    static constexpr int kControlBytes = 1024;  // barriers and assignments
+    // Q of the next tile is loaded under this one where there is room for both.
+    static constexpr int kQStages = 2 * kQBytes + kStages * (kKBytes + kVBytes) + kControlBytes <= kSmemLimit ? 2 : 1;
+    static constexpr int kSmemBytes = kQStages * kQBytes + kStages * (kKBytes + kVBytes) + kControlBytes;
 
     // setmaxnreg: what the launch gives every warp is shared out between a producer that only issues copies and
     // consumers that hold S, P and O.
-    static constexpr int kProducerRegs = kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegs = kConsumers == 3 ? 160 : 232;
-
-    // Rescaling O costs an instruction an element; with wide O it pays to skip it while the maximum hardly grows.
-    static constexpr bool kLazyRescale = kHeadDimV >= 64;
+    static constexpr int kProducerRegs = kConsumers == 2 ? 40 : 32;
+    static constexpr int kConsumerRegs = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
 
     static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
                   "head dims are multiples of 8: wgmma's N and a 16-byte chunk");
     static_assert(kBlockN % 16 == 0 && kBlockN <= 256,
                   "P is fed to the second product in k16 steps; a box has 256 rows");
-    static_assert(kConsumers == 2 || kConsumers == 3, "the register split is set for two or three consumers");
-    static_assert(8 * (3 + 4 * kStages) <= kBarrierBytes, "the barriers must fit their room");
+    static_assert(kConsumers >= 2 && kConsumers <= 4, "the register split is set for two to four consumers");
+    static_assert(kConsumers * kQStages * (32 + 16) + 8 * (1 + 4 * kStages) <= kControlBytes,
+                  "assignments and barriers must fit their room");
 };
 
 // Shared-memory matrix descriptor (PTX ISA, "Matrix-descriptor format"): start address, leading and stride byte
 // offsets, all in units of 16 bytes, and the swizzle mode (1: 128 bytes, 2: 64 bytes). Eight rows are one stride apart;
 // leading_bytes is the distance between column groups where N is contiguous, and is ignored where the depth is.
+// Only the low word depends on where the matrix lies: moving along it is one 32-bit addition.
 template <class Traits>
-FMHA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes) {
-    constexpr uint64_t kSwizzle = Traits::kRowBytes == 128 ? 1 : 2;
-    constexpr uint64_t kStride = 8 * Traits::kRowBytes / 16;
-    const uint64_t leading = leading_bytes / 16;
-    return kSwizzle << 62 | kStride << 32 | leading << 16 | (address & 0x3ffff) / 16;
-}
+struct MatrixDescriptor {
+    static constexpr uint64_t kSwizzle = Traits::kRowBytes == 128 ? 1 : 2;
+    static constexpr uint64_t kStride = 8 * Traits::kRowBytes / 16;
 
-// What to add to a descriptor to move it by some bytes.
-FMHA_DEVICE constexpr uint64_t descriptor_step(int bytes) { return static_cast<uint64_t>(bytes / 16); }
+    uint32_t low;
+
+    FMHA_DEVICE MatrixDescriptor(uint32_t address, uint32_t leading_bytes)
+        : low(leading_bytes / 16 << 16 | (address & 0x3ffff) / 16) {}
+
+    // The matrix that begins `units` times 16 bytes further on.
+    FMHA_DEVICE uint64_t at(uint32_t units) const { return kSwizzle << 62 | kStride << 32 | (low + units); }
+};
 
 }  // namespace fmha

@@ -7,6 +7,8 @@ namespace fmha {
 
 FMHA_DEVICE int warp_uniform(int x) { return static_cast<int>(emu::shfl_idx(static_cast<uint32_t>(x), 0)); }
 
+FMHA_DEVICE uint32_t atomic_add_global(uint32_t* word, uint32_t x) { return emu::atomic_add_global(word, x); }
+
 FMHA_DEVICE void mbarrier_init(uint32_t bar, int arrivals) { emu::mbarrier_init(bar, arrivals); }
 FMHA_DEVICE void mbarrier_init_fence() { emu::mbarrier_init_fence(); }
 FMHA_DEVICE void mbarrier_arrive(uint32_t bar) { emu::mbarrier_arrive(bar); }
@@ -31,6 +33,8 @@ template <int kCount>
 FMHA_DEVICE void pin(float (&d)[kCount]) {
     (void)d;
 }
+
+FMHA_DEVICE void opaque(uint32_t& x) { (void)x; }
 
 template <int kRegisters>
 FMHA_DEVICE void registers_inc() {

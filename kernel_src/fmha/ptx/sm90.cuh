@@ -11,6 +11,9 @@ namespace fmha {
 // uniform.
 FMHA_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// Adds to a word in global memory; returns what it held before.
+FMHA_DEVICE uint32_t atomic_add_global(uint32_t* word, uint32_t x) { return atomicAdd(word, x); }
+
 // mbarrier: an 8-byte object in shared memory. A phase ends when `arrivals` threads have arrived
 // and the announced bytes have landed; mbarrier_wait(parity) returns once the phase of that parity
 // has ended (a fresh barrier is in phase 0, so waiting for parity 1 returns at once).
@@ -78,6 +81,9 @@ FMHA_DEVICE void pin(float (&d)[kCount]) {
         asm volatile("" : "+f"(d[i]) : : "memory");
     }
 }
+
+// No instruction: the compiler forgets what it knows of x, and so computes what depends on x here and not earlier.
+FMHA_DEVICE void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Moves registers between warpgroups; all warps of a warpgroup execute it, the counts are multiples
 // of 8.

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Online softmax that hardly ever touches O: FlashAttention-4's conditional rescaling.
+#pragma once
+#include "softmax.cuh"
+
+namespace fmha {
+
+// The maximum of a row is kept until a score exceeds it by a factor of 2^8, so that P stays below 2^8 and the result is
+// the same. Whether that happened is one vote of the warp over what each lane saw itself; the exchange among the four
+// lanes of a row, the new maximum and the rescaling of O follow only then.
+struct LazySoftmax : Softmax<1> {
+    static constexpr float kHeadroom = 8.f;  // a power of two
+
+    // Turns S into P in place. Returns whether O must be multiplied by `shrink`; the same for all lanes. kMasked: rows
+    // may still have seen no key at all.
+    template <bool kMasked, int kNTiles>
+    FMHA_DEVICE bool step(float (&s)[1][kNTiles][4], float (&shrink)[1][2], float scale_log2) {
+        float peak[2];
+        bool grown = false;
+        FMHA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            peak[half] = row_max[0][half];
+            FMHA_UNROLL
+            for (int nt = 0; nt < kNTiles; ++nt) {
+                peak[half] = fmaxf(peak[half], fmaxf(s[0][nt][half * 2], s[0][nt][half * 2 + 1]));
+            }
+            grown |= (peak[half] - row_max[0][half]) * scale_log2 > kHeadroom;  // -inf - -inf is NaN: not grown
+        }
+        const bool rescale = warp_any(grown);
+        if (rescale) {
+            FMHA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                peak[half] = fmaxf(peak[half], shfl_xor(peak[half], 1));
+                peak[half] = fmaxf(peak[half], shfl_xor(peak[half], 2));
+                shrink[0][half] = exp2_approx(row_max[0][half] * scale_log2 - base<kMasked>(peak[half], scale_log2));
+                row_max[0][half] = peak[half];
+                row_sum[0][half] *= shrink[0][half];
+            }
+        }
+        FMHA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const float from = base<kMasked>(row_max[0][half], scale_log2);
+            float sum = 0.f;
+            FMHA_UNROLL
+            for (int nt = 0; nt < kNTiles; ++nt) {
+                FMHA_UNROLL
+                for (int c = 0; c < 2; ++c) {
+                    float& x = s[0][nt][half * 2 + c];
+                    x = exp2_approx(x * scale_log2 - from);
+                    sum += x;
+                }
+            }
+            row_sum[0][half] += sum;
+        }
+        return rescale;
+    }
+
+    // -inf - -inf is NaN: a row without keys keeps 0 as its base, and every exp2 gives 0.
+    template <bool kMasked>
+    FMHA_DEVICE static float base(float peak, float scale_log2) {
+        return kMasked && peak == kMinusInfinity ? 0.f : peak * scale_log2;
+    }
+};
+
+}  // namespace fmha
