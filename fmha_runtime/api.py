@@ -245,7 +245,7 @@ def _call(
                 "q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k, "max_q": max_q, "max_k": max_k, "causal": causal,
                 "window": window, "scale": scale, "softcap": softcap, "chunk": chunk, "alibi": alibi, "sinks": sinks,
                 "table": table, "mask": mask, "used": used, "out": out, "return_lse": return_lse, "device": device,
-                "stream": stream, "fallback": fallback, "cache": cache,
+                "stream": stream, "fallback": fallback, "cache": cache, "tile": tile,
             }, stream)  # fmt: skip
         lengths = (cu_q, cu_k, max_q, max_k, used, cache)
         options = {

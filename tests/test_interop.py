@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import interop  # noqa: E402
+from fmha_runtime import api, interop  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
 
 
@@ -159,6 +161,17 @@ def test_a_library_without_from_dlpack():
     with pytest.raises(InputError, match="no from_dlpack for the result"):
         fmha.attention(Bare(q), k, v)
     assert torch.equal(fmha.attention(*as_torch(q), Bare(k), Bare(v)), fmha.attention(*as_torch(q, k, v)))
+
+
+def test_no_argument_is_lost_on_the_way(monkeypatch):
+    passed = []
+    monkeypatch.setattr(interop, "call", lambda function, arrays, stream: passed.append(set(arrays)))
+    fmha.attention(*arrays())
+    assert passed == [set(inspect.signature(api._call).parameters) - {"traced"}]
+    q, k, v = arrays()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="tile"):
+        fmha.attention(q, k, v, tile="no such tile", device="emulator")
 
 
 def test_torch_calls_never_come_here(monkeypatch):
