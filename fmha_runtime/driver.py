@@ -25,6 +25,8 @@ Buffer = tuple[int, int, bool]
 _REMEDY = {
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the cubin is for another compute capability: see `fmha doctor`",
     "CUDA_ERROR_INVALID_IMAGE": "the cubin is damaged: rebuild it with `fmha build --force`",
+    "CUDA_ERROR_NOT_INITIALIZED": "if this process was forked after CUDA was initialised, CUDA did not survive that: "
+    "start workers with multiprocessing.get_context('spawn')",
     "CUDA_ERROR_NO_DEVICE": "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the loaded libcuda and the kernel module differ: reboot",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the nvcc that wrote this code",
@@ -76,8 +78,13 @@ _forked = False
 
 
 def _refuse_in_child() -> None:
-    global _forked
+    """A forked child has no CUDA: every look-up asks again and is refused, and no lock is held by a thread it lost."""
+    global _forked, _lock
     _forked = True
+    _lock = threading.Lock()
+    _kernels.clear()
+    for found in (_device, _context, capability, l2_bytes, sm_count):
+        found.cache_clear()
 
 
 def _raise(api: Any, status: Any, what: str) -> None:
@@ -252,6 +259,9 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
     if found is not None:
         return found
     with _lock, _current(device):
+        found = _kernels.get(key)
+        if found is not None:  # another thread was here first
+            return found
         if stream_is_capturing(stream):
             raise DriverError(
                 f"{name} is not loaded yet and a CUDA graph is being captured on this stream; loading is not allowed "
