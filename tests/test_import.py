@@ -24,7 +24,7 @@ FLOORS = {
     4: "api",
     5: "verify verify_cases verify_check bench bench_record plots doctor inspection progress"
     " report selection integrations integrations.transformers"
-    " integrations.transformers_masks integrations.transformers_paged"
+    " integrations.transformers_masks integrations.transformers_paged integrations.vllm"
     " compat compat.shared compat.kvcache compat.bert_padding compat.flash_attn compat.flash_attn_3"
     " bench_cells bench_libraries bench_peers bench_provider"
     " tune tune_record tune_variants tune_worker",
