@@ -332,8 +332,9 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
     return out
 
 
-def ours(cell: Cell, x: Inputs, tile: str | None = None) -> Runnable:
-    """This library on the tensors of a cell; a forced tile runs by way of its plan."""
+def ours(cell: Cell, x: Inputs, tile: str | None = None, plain_grid: bool = False) -> Runnable:
+    """This library on the tensors of a cell; a forced tile runs by way of its plan, and so does ``plain_grid``: one CTA
+    a query tile on Hopper."""
     from . import api
 
     tensors: dict[str, Any] = {"alibi_slopes": x.slopes, "mask": x.mask if cell.packed else None}
@@ -350,8 +351,10 @@ def ours(cell: Cell, x: Inputs, tile: str | None = None) -> Runnable:
     if cell.page_size:
         lengths = {"page_table": x.table, "seqused_k": x.used}
     plan = api.plan(x.q, x.k, x.v, **options, **tensors, **lengths, **longest, tile=tile)
+    if plain_grid:
+        plan.use_plain_grid()
     call: Call
-    if tile is not None:
+    if tile is not None or plain_grid:
         call = partial(plan.run, x.q, x.k, x.v, **tensors, **lengths)
     elif cell.lengths:
         call = partial(api.attention_varlen, x.q, x.k, x.v, **lengths, **longest, **options, **tensors)

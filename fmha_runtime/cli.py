@@ -379,6 +379,7 @@ def bench(
 @click.option("--dry-run", is_flag=True, help="List the variants; needs no GPU.")
 @click.option("--build-only", is_flag=True, help="Build them into the cache; needs no GPU.")
 @click.option("--tile", "tiles", multiple=True, metavar="TILE", help="Only these and the catalogue's: 128x176, ...")
+@click.option("--plain-grid", is_flag=True, help="Time Hopper's also with one CTA a query tile.")
 @click.option("--seqlens", metavar="N,N,...", help="Default: 512,2048,16384, each full and causal.")
 @click.option("--against", default="cudnn", show_default=True, metavar="NAME,NAME,...", help="As for bench.")
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at once.")
@@ -388,7 +389,7 @@ def bench(
 @_selectable
 def tune(
     chosen: Selection, dry_run: bool, build_only: bool, tiles: tuple[str, ...], seqlens: str | None, against: str,
-    jobs: int | None, seconds: float, timeout: float, json_path: Path | None,
+    jobs: int | None, seconds: float, timeout: float, json_path: Path | None, plain_grid: bool,
 ) -> None:  # fmt: skip
     """Build tiles of kernels, check each against the reference, time the right ones on this GPU.
 
@@ -415,6 +416,7 @@ def tune(
         jobs=jobs,
         seconds=seconds,
         timeout=timeout,
+        plain_grid=plain_grid,
         say=_say,
     )
     for tuned in record.kernels:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import build, call, catalog, config, driver, emulator, manifest, params, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
-from .errors import DriverError, EmulatorFault, InputError, KernelNotBuilt
+from .errors import BuildError, DriverError, EmulatorFault, InputError, KernelNotBuilt
 from .packed_mask import PackedMask, pack_mask
 from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .spec import Arch, KernelSpec
@@ -64,7 +64,7 @@ def load(
         device: "cuda:N" or "emulator".
         via: "cubin", or "ptx" to compile PTX and let the driver's JIT finish it (runs an older arch's kernel on a
             newer GPU, for verification).
-        tile: another tile than the catalogue's; only for "ptx" and the emulator.
+        tile: forced, for experiments; a cubin of it is built when there is none.
         stream: the stream of the coming launch (see driver.load).
 
     Raises:
@@ -79,12 +79,7 @@ def load(
     if via == "ptx":
         image = build.compile_ptx(spec, tile)
     elif via == "cubin":
-        if tile is not None and tile != catalog.tile(spec):
-            raise InputError(
-                f"tile {tile} was asked for, but the cubins of {spec.name} are built with {catalog.tile(spec)}: "
-                "use via='ptx' or the emulator to try another tile"
-            )
-        image = manifest.load_image(_built(spec))
+        image = manifest.load_image(_built(spec) if tile is None else _built_with(spec, tile))
     else:
         raise InputError(f"via is {via!r}; 'cubin' or 'ptx' is needed")
     return driver.load(image, spec.name, index, smem, size, stream)
@@ -109,6 +104,18 @@ def _built(spec: KernelSpec) -> manifest.KernelRow:
         name=spec.name,
         command=command,
     )
+
+
+def _built_with(spec: KernelSpec, tile: Tile) -> manifest.KernelRow:
+    """A cubin of a forced tile. Asking for one is asking for its build, spills and all."""
+    row = manifest.find_tile(spec, tile)
+    if row is None:
+        (result,) = build.build([spec], tile=tile, spills=True)
+        if result.error is not None:
+            raise BuildError(f"tile {tile} cannot be built: {result.error}", command=result.command, log=result.log)
+        row = result.row
+    assert row is not None
+    return row
 
 
 class Plan:
@@ -193,6 +200,13 @@ class Plan:
         """CTAs of a Hopper kernel: as many as fit the GPU at once, each of which works through several tiles."""
         sms = EMULATED_SMS if self._emulated else driver.sm_count(self._device)
         return min(self.grid, sms * self.tile.ctas_per_sm)
+
+    def use_plain_grid(self) -> None:
+        """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
+        if isinstance(self._block, FwdSm90Params):
+            p = self._params
+            self.grid = self._block.tma.ctas = p.m_blocks * p.batch * p.heads
+            self._queued, self._block.queue = False, None
 
     def _encode_maps(self, block: FwdTmaParams, operands: tuple[torch.Tensor, ...]) -> None:
         """Tensor maps of q, k and v; left out where there is nothing to load."""

@@ -19,10 +19,10 @@ from . import bench_peers, build, catalog, config, ledger, sources, tune_worker
 from .bench_cells import SOFTCAP, Cell
 from .catalog import Tile
 from .errors import DriverError, FmhaError
-from .spec import KernelSpec, KvLayout, Mask, Score
+from .spec import Arch, KernelSpec, KvLayout, Mask, Score
 from .tune_record import OK, Outcome, Tuned, TuneRecord
 from .tune_variants import variants
-from .tune_worker import Job
+from .tune_worker import PLAIN, Job
 
 LENGTHS = (512, 2048, 16384)
 PAGE = 64
@@ -84,6 +84,7 @@ def run(
     seconds: float = 1200.0,
     timeout: float = 30.0,
     reps: int = 10,
+    plain_grid: bool = False,
     say: Say = lambda text: None,
     talk: Talk | None = None,
 ) -> TuneRecord:
@@ -93,6 +94,7 @@ def run(
         tiles: only these, and the catalogue's (see forced_tile.parse); default ``tune_variants.variants``.
         seconds: a cap on all: kernels that were not reached are left out, and noted in the record.
         timeout: of one variant's check, and of its first runs in a cell.
+        plain_grid: time Hopper's variants with one CTA a query tile as well, as "TILE plain".
         talk: runs a job in another process; tests put their own in its place.
 
     Raises:
@@ -114,7 +116,7 @@ def run(
             continue
         mine = [outcome for (of, _), outcome in outcomes.items() if of == spec]
         job = Job(spec.name, (), cells_for(spec, lengths), found, f"cuda:{device}", reps)
-        tuned.append(tune_kernel(spec, mine, job, timeout, talk, say))
+        tuned.append(tune_kernel(spec, mine, job, timeout, talk, say, plain_grid=plain_grid))
     meta = {
         **{"gpu": info.name, "capability": list(info.capability), "driver": info.driver_version},
         **{"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": ledger.commit()},
@@ -134,12 +136,21 @@ def candidates(spec: KernelSpec, tiles: Sequence[str] = ()) -> tuple[Tile, ...]:
 
 
 def tune_kernel(
-    spec: KernelSpec, built: Sequence[Outcome], job: Job, timeout: float, talk: Talk, say: Say = lambda text: None
+    spec: KernelSpec,
+    built: Sequence[Outcome],
+    job: Job,
+    timeout: float,
+    talk: Talk,
+    say: Say = lambda text: None,
+    plain_grid: bool = False,
 ) -> Tuned:
     """Check, then time the variants of one kernel that were built."""
     outcomes = {outcome.variant: outcome for outcome in built}
     _check(job, outcomes, timeout, talk)
     say(f"{spec.name}: {_alive(outcomes)} of {len(outcomes)} variants built and right")
+    if plain_grid and spec.arch is Arch.SM90A:
+        twins = [replace(one, variant=one.variant + PLAIN) for one in outcomes.values() if one.state == OK]
+        outcomes |= {twin.variant: twin for twin in twins}
     cells, peers = _time(job, outcomes, timeout, talk)
     catalogue = str(catalog.tile(spec))
     result = Tuned(spec.name, sources.source_hash(spec), catalogue, cells, tuple(outcomes.values()), peers)

@@ -13,8 +13,8 @@ from .catalog import Tile
 from .errors import InputError
 from .spec import Arch, KernelSpec, Mask
 
-_CONSUMER_ROOM = {2: 216, 3: 136}
-"""Registers a thread of a Hopper consumer has for S, P and O (setmaxnreg 232 and 160), and a little over."""
+_CONSUMER_ROOM = {2: 216, 3: 136, 4: 92}
+"""Registers a thread of a Hopper consumer has for S, P and O (setmaxnreg 232, 160 and 112), and a little over."""
 _ADDRESSES = 44  # registers that are neither S nor P nor O nor Q
 _SM_KIB = {(8, 0): 164, (9, 0): 228}  # shared memory of an SM; elsewhere 100
 
@@ -26,7 +26,7 @@ def variants(spec: KernelSpec) -> tuple[Tile, ...]:
 
 
 def _hopper(spec: KernelSpec) -> Iterator[Tile]:
-    """Two and three consumers; from the widest step that registers and shared memory allow downwards."""
+    """Two to four consumers; from the widest step that registers and shared memory allow downwards."""
     for consumers, room in _CONSUMER_ROOM.items():
 
         def tile(n: int, stages: int = 2, consumers: int = consumers) -> Tile:

@@ -20,6 +20,9 @@ from .spec import KernelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+PLAIN = " plain"
+"""Behind a tile: launched with one CTA a query tile. The cubin is the same, so ``check`` never sees it."""
+
 Send = Callable[[tuple[Any, ...]], None]
 """Messages: ("ready",) ("checking", variant) ("checked", variant, state, reason) ("trying", cell, variant)
 ("refused", cell, variant, state, reason) ("turns", cell) ("timed", cell, {name: TFLOP/s}) ("end",)."""
@@ -30,7 +33,7 @@ class Job:
     """What one process is to do."""
 
     kernel: str
-    variants: tuple[str, ...]  # tiles, as text
+    variants: tuple[str, ...]  # tiles, as text; to be timed also with PLAIN behind
     cells: tuple[Cell, ...] = ()
     peers: tuple[str, ...] = ()
     device: str = "cuda:0"
@@ -88,7 +91,8 @@ def measure(job: Job, send: Send) -> None:
                 if name in job.peers:
                     runnable = bench_peers.prepare(name, cell, x)
                 else:
-                    runnable = bench.ours(cell, x, f"{spec.arch.value} {name}")
+                    tile = name.removesuffix(PLAIN)
+                    runnable = bench.ours(cell, x, f"{spec.arch.value} {tile}", plain_grid=tile != name)
                 with runnable.context():
                     for _ in range(2):
                         out = runnable.output(runnable.call())

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fmha_runtime
-from fmha_runtime import api, catalog, dispatch, forced_tile, reference
+from fmha_runtime import api, build, catalog, dispatch, driver, forced_tile, launch, manifest, reference
 from fmha_runtime.catalog import Tile
 from fmha_runtime.dispatch import Problem
-from fmha_runtime.errors import InputError, UnsupportedProblem
+from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
 from fmha_runtime.spec import Arch, DType, KernelSpec, Mask
 
 HOPPER = KernelSpec.parse("fmha_fwd_sm90a_bf16_d128")
@@ -105,6 +105,16 @@ def test_a_forced_tile_runs() -> None:
     assert plain.tile == catalog.tile(plain.spec)
 
 
+def test_a_plan_can_have_a_cta_for_each_tile() -> None:
+    q = random(2, 300, 3, 64)
+    plan = api.plan(q, q, q, device="emulator:sm90a", tile="128x64")
+    few = plan.grid
+    want = plan.run(q, q, q)
+    plan.use_plain_grid()
+    assert few < plan.grid == 3 * 2 * 3
+    assert torch.equal(plan.run(q, q, q), want)
+
+
 def test_the_torch_path_has_no_tiles() -> None:
     q = random(1, 8, 2, 64)
     with pytest.raises(InputError, match="emulator"):
@@ -112,3 +122,49 @@ def test_the_torch_path_has_no_tiles() -> None:
     with pytest.raises(UnsupportedProblem):
         x = random(1, 8, 2, 24)
         fmha_runtime.attention(x, x, x, tile="64x64", device="emulator", fallback="torch")
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Cubins that the driver was given."""
+    images: list[bytes] = []
+    monkeypatch.setattr(driver, "load", lambda image, *_: images.append(image))
+    return images
+
+
+def test_a_cubin_of_a_forced_tile_is_built_once(own_cache, fake_nvcc, loaded: list[bytes]) -> None:
+    tile = forced_tile.parse(SMALL, "64x32 w4 s2 c1")
+    launch.load(SMALL, tile=tile)
+    launch.load(SMALL, tile=tile)
+    assert fake_nvcc.runs == 1 and len(loaded) == 2
+    row = manifest.find_tile(SMALL, tile)
+    assert row is not None and row.tile == tile
+    assert manifest.find_tile(SMALL, Tile.parse("64x16 w4 s2 c1")) is None
+    assert manifest.state(SMALL).word == "stale"  # dispatch never picks it unasked
+
+
+def test_experiments_may_spill_and_the_catalogues_kernels_not(own_cache, fake_nvcc, loaded, monkeypatch) -> None:
+    fake_nvcc.write(spills=24)
+    tile = forced_tile.parse(SMALL, "64x32 w4 s2 c1")
+    launch.load(SMALL, tile=tile)
+    monkeypatch.setattr(catalog, "tile", lambda spec: tile)  # somebody makes it the catalogue's
+    assert "spills" in manifest.state(SMALL).reason
+    (result,) = build.build([SMALL])
+    assert result.status == "failed"
+
+
+def test_a_tile_that_does_not_compile_says_so(own_cache, fake_nvcc, loaded) -> None:
+    fake_nvcc.write(failing="d64")
+    with pytest.raises(BuildError, match="tile 64x32 w4 s2 c1 cannot be built"):
+        launch.load(SMALL, tile=Tile.parse("64x32 w4 s2 c1"))
+
+
+@pytest.mark.gpu
+def test_a_forced_tile_runs_on_the_gpu() -> None:
+    q, k, v = (torch.randn(2, 300, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    want = fmha_runtime.attention(q, k, v, causal=True).float()
+    for tile in ("128x64", "sm90", "sm90 128x32 w4 s2 c1"):
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("the tiles are Hopper's")
+        out = fmha_runtime.attention(q, k, v, causal=True, tile=tile).float()
+        assert (out - want).norm() / want.norm() < 1e-2
