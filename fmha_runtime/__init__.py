@@ -17,7 +17,7 @@ _HOME = {
     "attention_with_kvcache": "api",
     "alibi_slopes": "alibi",
     "PackedMask": "packed_mask",
-    "pack_mask": "packed_mask",
+    "pack_mask": "mask_packer",
     "unpack_mask": "packed_mask",
     "explain": "api",
     "is_supported": "api",
@@ -93,7 +93,8 @@ if TYPE_CHECKING:
         UnsupportedProblem,
     )
     from .launch import Plan
-    from .packed_mask import PackedMask, pack_mask, unpack_mask
+    from .mask_packer import pack_mask
+    from .packed_mask import PackedMask, unpack_mask
     from .spec import KernelSpec
 
 

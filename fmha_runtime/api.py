@@ -17,13 +17,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, driver, interop, launch, reference, tensors
+from . import call, dispatch, driver, interop, launch, mask_packer, reference, tensors
 from .call import NO_EXTRAS, Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError, UnsupportedProblem
 from .launch import Plan
 from .packed_mask import PackedMask, unpack_mask
-from .spec import Arch
+from .spec import Arch, Mask
 
 if TYPE_CHECKING:
     import torch
@@ -223,7 +223,7 @@ def _call(
     # The hot path: one dictionary look-up stands for every check that depends on geometry and options.
     extras, optional = NO_EXTRAS, None
     if alibi is not None or sinks is not None or table is not None or mask is not None:
-        mask = launch.packed(mask, cu_q)
+        mask = mask_packer.packed(mask, cu_q, stream)
         extras = Extras(alibi, sinks, table, mask)
         optional = (*map(_geometry, (alibi, sinks, table)), None if mask is None else mask.key)
     key: Any
@@ -423,7 +423,7 @@ def plan(
     options = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": attention_chunk
     }  # fmt: skip
-    extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
+    extras = Extras(alibi_slopes, sinks, page_table, mask_packer.packed(mask, cu_seqlens_q))
     made = _make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
     if made is None:
         raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
@@ -431,7 +431,8 @@ def plan(
 
 
 def prepare(problem: Problem, *, device: int = 0) -> None:
-    """Loads the kernel of a problem onto a GPU ahead of its first call, for example before a graph capture.
+    """Loads the kernel of a problem onto a GPU ahead of its first call, for example before a graph capture. Of one with
+    a packed mask also the kernel that packs.
 
     Args:
         problem: what will be asked; its arch must be the device's.
@@ -441,6 +442,8 @@ def prepare(problem: Problem, *, device: int = 0) -> None:
         UnsupportedProblem, KernelNotBuilt, ArtifactError, DriverError: as ``attention``.
     """
     launch.load(dispatch.choose(problem).spec, device=f"cuda:{device}")
+    if problem.mask is Mask.PACKED:
+        mask_packer.prepare(device)
 
 
 @interop.views

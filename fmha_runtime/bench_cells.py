@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .alibi import alibi_slopes
 from .errors import InputError
-from .packed_mask import PackedMask, pack_mask
+from .mask_packer import pack_mask
+from .packed_mask import PackedMask
 from .spec import HEAD_DIMS, DType
 
 if TYPE_CHECKING:

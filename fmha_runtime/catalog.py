@@ -53,7 +53,9 @@ class Tile:
             )
         m, n, warps, stages, ctas = (int(number) for number in found.groups()[:5])
         # mma.sync kernels give each warp whole m16 tiles; Hopper's have a warpgroup a 64 rows and one more to produce.
-        whole = warps > 0 and (m % (16 * warps) == 0 or (m % 64 == 0 and warps == m // 16 + 4))
+        # The mask packer's several warps share 16 rows.
+        packer = (m, n) == (64, 2048) and warps % 4 == 0
+        whole = warps > 0 and (m % (16 * warps) == 0 or (m % 64 == 0 and warps == m // 16 + 4) or packer)
         if not whole or ctas < 1 or stages < 2 or m < 1 or n < 1 or n % 16:
             raise InputError(
                 f"tile {text!r} cannot be built: block_m must be a multiple of 16 * warps, "
@@ -132,6 +134,10 @@ _SM120_TILES: dict[tuple[int, int], tuple[str, str | None]] = {
     (256, 256): ("64x16 w4 s2 c1", None),
 }
 
+# One word of the "any" bits is 32 blocks of 64 x 64; two blocks of a warp in flight keep it within 64 registers.
+_PACK_TILE = "64x2048 w16 s2 c2"
+_PACK_ARCHS = (Arch.SM80, Arch.SM86, Arch.SM89, Arch.SM90, Arch.SM120)
+
 _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
     (mask, score, kv)
     for mask in Mask
@@ -171,19 +177,27 @@ _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
 @cache
 def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
     """The kernels of the catalogue, of one arch or of all, sorted by name."""
-    specs = (
+    archs = [each for each in Arch if arch is None or each is arch]
+    specs = [
         KernelSpec(Op.FWD, each, dtype, *dims, mask, score, kv)
-        for each in Arch
-        if arch is None or each is arch
+        for each in archs
         for dtype in (DType.FP16, DType.BF16)
         for dims in HEAD_DIMS
         for mask, score, kv in _features(each)
-    )
+    ]
+    specs += [pack_spec(each) for each in archs if each in _PACK_ARCHS]
     return tuple(sorted(specs, key=lambda spec: spec.name))
+
+
+def pack_spec(arch: Arch) -> KernelSpec:
+    """The kernel that packs masks, of one arch."""
+    return KernelSpec(Op.PACK, arch, DType.U8, 0, 0)
 
 
 def exists(spec: KernelSpec) -> bool:
     """Whether the catalogue has this kernel."""
+    if spec.op is Op.PACK:
+        return spec.arch in _PACK_ARCHS and spec == pack_spec(spec.arch)
     return (
         spec.op is Op.FWD
         and spec.dtype in (DType.FP16, DType.BF16)
@@ -205,7 +219,9 @@ def tile(spec: KernelSpec) -> Tile:
             problem=spec,
         )
     dims = (spec.head_dim, spec.head_dim_v)
-    if spec.arch is not Arch.SM90A:
+    if spec.op is Op.PACK:
+        text = _PACK_TILE
+    elif spec.arch is not Arch.SM90A:
         text = _mma_tile(spec)
     elif dims == (64, 64) and spec.score is Score.SOFTCAP:
         text = "192x112 w16 s2 c1"  # the cap needs registers; 128 keys a step spill 140 bytes
@@ -235,6 +251,8 @@ def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     Raises:
         InputError: more than one CTA may use on this arch.
     """
+    if spec.op is Op.PACK:
+        return 4 * tile.warps
     need = _hopper_smem(spec, tile) if spec.arch is Arch.SM90A else _smem(spec, tile)
     if need > spec.arch.smem_limit:
         raise InputError(

@@ -42,6 +42,8 @@ class Problem:
     window: tuple[int | None, int | None] = (None, None)
 
     def __str__(self) -> str:
+        if self.op is Op.PACK:
+            return f"{self.op.value} a mask of {self.dtype.value} on {self.arch.value}"
         dims = f"{self.head_dim}" + (f"x{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         words = [
             f"{self.op.value} on {self.arch.value}, {self.dtype.value}, head dim {dims}",

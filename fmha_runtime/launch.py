@@ -17,7 +17,7 @@ from . import build, call, catalog, config, driver, emulator, manifest, params, 
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
 from .errors import BuildError, DriverError, EmulatorFault, InputError, KernelNotBuilt
-from .packed_mask import PackedMask, pack_mask
+from .packed_mask import PackedMask, pack
 from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .spec import Arch, KernelSpec
 
@@ -432,10 +432,10 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def packed(mask: Any, cu_seqlens_q: Any) -> PackedMask | None:
-    """The mask of a call as kernels read it; anything but a PackedMask is packed now."""
+    """The mask of a call as kernels read it; anything but a PackedMask is packed now, without a kernel."""
     if mask is None or isinstance(mask, PackedMask):
         return mask
-    return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
+    return pack(mask, cu_seqlens_q=cu_seqlens_q)
 
 
 def run(

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import interop
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """A mask as kernels read it; ``pack_mask`` makes it. Reusable as long as the mask stays the same.
+    """A mask as kernels read it; ``pack_mask`` (mask_packer.py) makes it. Reusable as long as the mask stays the same.
 
     Attributes:
         words: int32 [B or 1, H or 1, row blocks, column blocks, 128] (varlen: batch is 1).
@@ -66,42 +65,48 @@ class PackedMask:
         return f"{kind} mask [{self.batch}, {self.heads}, {self.rows}, {self.cols}] on {self.device}"
 
 
-def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedMask:
-    """Packs a mask on the device where it lies. Nothing waits for the device.
-
-    Args:
-        mask: True (or nonzero) = attend; a torch tensor or other array of bool, integers or floats.
-            [Sq, Sk], [B or 1, H or 1, Sq, Sk]; with cu_seqlens_q [Tq, columns] or [H or 1, Tq, columns], where column
-            j of a token's row is key j of its own sequence.
-        cu_seqlens_q: int32 [B + 1] for varlen queries.
+def pack(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedMask:
+    """What ``pack_mask`` returns, without a kernel of this library: with numpy on the CPU, with torch's operations on
+    other devices, so that verification of an attention kernel does not depend on another kernel.
 
     Raises:
-        InputError: a shape that is none of these.
+        InputError: see ``planes``.
     """
     import torch
 
-    mask, cu_seqlens_q = interop.view("mask", mask), interop.view("cu_seqlens_q", cu_seqlens_q)
-    bits = torch.as_tensor(mask) != 0
-    if cu_seqlens_q is None:
-        if bits.ndim == 2:
-            bits = bits[None, None]
-        if bits.ndim != 4:
-            raise InputError(
-                f"mask has shape {tuple(bits.shape)}; [Sq, Sk] or [B or 1, H or 1, Sq, Sk] is needed "
-                "(a varlen mask needs cu_seqlens_q)"
-            )
-        rows, cols = bits.shape[2:]
-        return _pack(bits, rows, cols, None)
-    if bits.ndim == 2:
-        bits = bits[None]
-    if bits.ndim != 3:
-        raise InputError(f"mask has shape {tuple(bits.shape)}; varlen needs [Tq, columns] or [H or 1, Tq, columns]")
-    _, rows, cols = bits.shape
-    sequences = cu_seqlens_q.shape[0] - 1
-    places = _row_places(rows, cu_seqlens_q.to(bits.device))
-    padded = bits.new_zeros(bits.shape[0], BLOCK * varlen_row_blocks(rows, sequences), cols)
-    padded[:, places] = bits
-    return _pack(padded[None], rows, cols, sequences)
+    bits = planes(torch.as_tensor(mask), cu_seqlens_q is not None) != 0
+    rows, cols = bits.shape[2:]
+    sequences = None
+    if cu_seqlens_q is not None:
+        sequences = cu_seqlens_q.shape[0] - 1
+        padded = bits.new_zeros(1, bits.shape[1], BLOCK * varlen_row_blocks(rows, sequences), cols)
+        padded[:, :, _row_places(rows, cu_seqlens_q.to(bits.device))] = bits
+        bits = padded
+    words, seen = (_pack_numpy if bits.device.type == "cpu" else _pack_torch)(bits)
+    return PackedMask(words, seen, rows, cols, sequences)
+
+
+def planes(mask: torch.Tensor, varlen: bool) -> torch.Tensor:
+    """A mask as [batch, heads, rows, columns]; varlen ones have one batch entry, whose rows are all tokens.
+
+    Raises:
+        InputError: a shape that ``pack_mask`` does not take.
+    """
+    if varlen:
+        if mask.ndim not in (2, 3):
+            raise InputError(f"mask has shape {tuple(mask.shape)}; varlen needs [Tq, columns] or [H or 1, Tq, columns]")
+    elif mask.ndim not in (2, 4):
+        raise InputError(
+            f"mask has shape {tuple(mask.shape)}; [Sq, Sk] or [B or 1, H or 1, Sq, Sk] is needed "
+            "(a varlen mask needs cu_seqlens_q)"
+        )
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def shapes(batch: int, heads: int, row_blocks: int, col_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of ``words`` and of ``any``."""
+    lead = (batch, heads, row_blocks)
+    return (*lead, col_blocks, 128), (*lead, -(-col_blocks // 32))
 
 
 def varlen_row_blocks(tokens: int, sequences: int) -> int:
@@ -120,20 +125,39 @@ def _row_places(tokens: int, cu_seqlens_q: torch.Tensor) -> torch.Tensor:
     return BLOCK * (first // BLOCK + sequence) + token - first
 
 
-def _pack(bits: torch.Tensor, rows: int, cols: int, sequences: int | None) -> PackedMask:
+def _pack_numpy(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words and seen blocks of a bool mask [batch, heads, rows, columns] on the CPU."""
+    import numpy
+    import torch
+
+    found = bits.numpy()
+    batch, heads, height, width = found.shape
+    row_blocks, col_blocks = -(-height // BLOCK), -(-width // BLOCK)
+    whole = numpy.zeros((batch, heads, row_blocks * BLOCK, col_blocks * BLOCK), bool)
+    whole[:, :, :height, :width] = found
+    # rows: block, w, half, g; columns: block, n, t, k
+    parts = whole.reshape(batch, heads, row_blocks, 4, 2, 8, col_blocks, 8, 4, 2)
+    fragments = parts.transpose(0, 1, 2, 6, 3, 5, 8, 7, 4, 9).reshape(batch, heads, row_blocks, col_blocks, 4096)
+    words = numpy.packbits(fragments, axis=-1, bitorder="little").view("<i4")
+    seen = numpy.zeros((batch, heads, row_blocks, -(-col_blocks // 32) * 32), bool)
+    seen[..., :col_blocks] = words.any(-1)
+    return torch.from_numpy(words), torch.from_numpy(numpy.packbits(seen, axis=-1, bitorder="little").view("<i4"))
+
+
+def _pack_torch(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on any device."""
     import torch.nn.functional
 
     batch, heads, height, width = bits.shape
     pad = (-width % BLOCK, -height % BLOCK)
     bits = torch.nn.functional.pad(bits, (0, pad[0], 0, pad[1]))
     row_blocks, col_blocks = (n // BLOCK for n in bits.shape[2:])
-    # rows: block, w, half, g; columns: block, n, t, k
     parts = bits.reshape(batch, heads, row_blocks, 4, 2, 8, col_blocks, 8, 4, 2)
     fragments = parts.permute(0, 1, 2, 6, 3, 5, 8, 7, 4, 9).flatten(7)  # ..., w, g, t, (n, half, k)
     words = _bits_to_words(fragments).squeeze(-1).flatten(4)
     seen = (words != 0).any(-1)
     seen = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % 32))
-    return PackedMask(words.contiguous(), _bits_to_words(seen).contiguous(), rows, cols, sequences)
+    return words.contiguous(), _bits_to_words(seen).contiguous()
 
 
 def _bits_to_words(bits: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 
-from .spec import Arch, KernelSpec
+from .spec import Arch, KernelSpec, Op
 
 ABI = 2
 """Must equal FMHA_ABI in params.h; a cubin with another number is never launched."""
@@ -102,13 +102,36 @@ class FwdSm90Params(ctypes.Structure):
     ]
 
 
-def block_type(spec: KernelSpec) -> type[FwdParams] | type[FwdSm90Params]:
+class PackMaskParams(ctypes.Structure):
+    """By-value argument of the mask packer; PackMaskParams of pack_mask.cuh. Strides are bytes."""
+
+    _fields_ = [
+        ("mask", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("any", ctypes.c_void_p),
+        ("cu_seqlens_q", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("col_stride", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("sequences", ctypes.c_int32),
+        ("row_blocks", ctypes.c_int32),
+        ("col_blocks", ctypes.c_int32),
+    ]
+
+
+def block_type(spec: KernelSpec) -> type[ctypes.Structure]:
     """The struct that a kernel takes."""
+    if spec.op is Op.PACK:
+        return PackMaskParams
     return FwdSm90Params if spec.arch is Arch.SM90A else FwdParams
 
 
 def allocate(spec: KernelSpec) -> FwdParams | FwdSm90Params:
-    """A zeroed parameter block for a kernel, at an address that is a multiple of 64."""
-    kind = block_type(spec)
+    """A zeroed parameter block for an attention kernel, at an address that is a multiple of 64."""
+    kind: type[FwdParams] | type[FwdSm90Params] = FwdSm90Params if spec.arch is Arch.SM90A else FwdParams
     room = ctypes.create_string_buffer(ctypes.sizeof(kind) + 63)
     return kind.from_buffer(room, -ctypes.addressof(room) % 64)

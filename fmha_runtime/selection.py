@@ -77,6 +77,8 @@ class Selection:
             allowed = getattr(self, axis)
             if allowed:
                 tests.append(lambda spec, a=axis, v=allowed: getattr(spec, a) in v)  # type: ignore[misc]
+        if self.mask or self.score or self.kv:  # of attention; a packer has neither
+            tests.append(lambda spec: spec.op is not Op.PACK)
         return tests
 
 
@@ -131,7 +133,7 @@ _FORM = (
 def problem(words: Sequence[str], arch: Arch) -> Problem:
     """The problem that words such as ``sq=1 sk=4096 h=32 hk=8 d=128 dtype=bf16 causal`` describe.
 
-    ``d`` and ``dtype`` are needed; lengths and heads default to 1, ``sk`` to ``sq``, ``hk`` to
+    ``d`` and ``dtype`` are needed, except with ``op=pack``; lengths and heads default to 1, ``sk`` to ``sq``, ``hk`` to
     ``h``.
 
     Raises:
@@ -156,6 +158,8 @@ def problem(words: Sequence[str], arch: Arch) -> Problem:
             asked["window"] = _window(value)
         else:
             raise InputError(f"{word!r} is not understood; {_FORM}")
+    if asked.get("op") is Op.PACK:
+        return Problem(arch, DType.U8, 0, 0, Op.PACK)
     missing = [word for word, name in (("d", "head_dim"), ("dtype", "dtype")) if name not in asked]
     if missing:
         raise InputError(f"{' and '.join(f'{word}=' for word in missing)} is missing; {_FORM}")

@@ -29,6 +29,8 @@ def _root() -> Path:
 
 
 def _family(spec: KernelSpec) -> str:
+    if spec.op is Op.PACK:
+        return "pack_mask"
     assert spec.op is Op.FWD
     return "fwd_sm90" if spec.arch is Arch.SM90A else "fwd_sm80"
 
@@ -41,9 +43,12 @@ def header(spec: KernelSpec) -> str:
 def render(spec: KernelSpec, tile: Tile) -> str:
     """The translation unit of a kernel: the same text for nvcc and for the emulator's g++."""
     family = _family(spec)
-    traits, params = (
-        (_sm90_traits(spec, tile), "FwdSm90Params") if family == "fwd_sm90" else (_sm80_traits(spec, tile), "FwdParams")
-    )
+    if family == "pack_mask":
+        traits, params = f"PackMaskTraits<{tile.warps}, {tile.stages}>", "PackMaskParams"
+    elif family == "fwd_sm90":
+        traits, params = _sm90_traits(spec, tile), "FwdSm90Params"
+    else:
+        traits, params = _sm80_traits(spec, tile), "FwdParams"
     return f"""#include "{header(spec)}"
 using Traits = fmha::{traits};
 static_assert(Traits::kSmemBytes == {catalog.smem_bytes(spec, tile)}, \

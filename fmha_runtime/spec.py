@@ -2,7 +2,8 @@
 """Which kernel: a frozen value that is a pure function of its name, and the reverse.
 
 ``fmha op arch dtype dHEAD[xV] [packed] [alibi|softcap] [paged]`` joined by underscores is the entry point, the file
-stem, the table key and what a profiler shows. Tile numbers are not in it: see catalog.py.
+stem, the table key and what a profiler shows. Kernels that pack masks have no head dim: ``fmha_pack_sm90_u8``. Tile
+numbers are not in it: see catalog.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Op(str, Enum):
     """What the kernel does."""
 
     FWD = "fwd"
+    PACK = "pack"  # packs masks (packed_mask.py)
 
 
 class Arch(str, Enum):
@@ -63,16 +65,17 @@ class Arch(str, Enum):
 
 
 class DType(str, Enum):
-    """Element type of q, k and v."""
+    """Element type of q, k and v; of the mask that a packer reads."""
 
     FP16 = "fp16"
     BF16 = "bf16"
     E4M3 = "e4m3"
+    U8 = "u8"
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return 1 if self is DType.E4M3 else 2
+        return 1 if self in (DType.E4M3, DType.U8) else 2
 
 
 class Mask(str, Enum):
@@ -104,14 +107,14 @@ HEAD_DIMS: tuple[tuple[int, int], ...] = (
 """(head dim of q and k, head dim of v) of the table."""
 
 _NAME = re.compile(
-    r"fmha_(?P<op>[a-z]+)_(?P<arch>sm\d+a?)_(?P<dtype>[a-z0-9]+)_d(?P<d>\d+)(?:x(?P<dv>\d+))?"
+    r"fmha_(?P<op>[a-z]+)_(?P<arch>sm\d+a?)_(?P<dtype>[a-z0-9]+)(?:_d(?P<d>\d+)(?:x(?P<dv>\d+))?)?"
     r"(?P<packed>_packed)?(?:_(?P<score>alibi|softcap))?(?P<paged>_paged)?"
 )
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel of the table, by what it computes."""
+    """One kernel of the table, by what it computes. Head dims are 0 where there are none."""
 
     op: Op
     arch: Arch
@@ -125,8 +128,10 @@ class KernelSpec:
     @property
     def name(self) -> str:
         """The kernel's name; ``KernelSpec.parse`` is its inverse."""
-        dims = f"d{self.head_dim}" + ("" if self.head_dim_v == self.head_dim else f"x{self.head_dim_v}")
-        words = ["fmha", self.op.value, self.arch.value, self.dtype.value, dims]
+        words = ["fmha", self.op.value, self.arch.value, self.dtype.value]
+        if self.op is Op.PACK:
+            return "_".join(words)
+        words.append(f"d{self.head_dim}" + ("" if self.head_dim_v == self.head_dim else f"x{self.head_dim_v}"))
         words += [self.mask.value] if self.mask is not Mask.BAND else []
         words += [self.score.value] if self.score is not Score.PLAIN else []
         words += [self.kv.value] if self.kv is not KvLayout.CONTIGUOUS else []
@@ -146,7 +151,7 @@ class KernelSpec:
         try:
             if found is None:
                 raise ValueError
-            d = int(found["d"])
+            d = int(found["d"] or 0)
             spec = cls(
                 Op(found["op"]),
                 Arch(found["arch"]),
@@ -157,7 +162,7 @@ class KernelSpec:
                 Score(found["score"] or "plain"),
                 KvLayout.PAGED if found["paged"] else KvLayout.CONTIGUOUS,
             )
-            if spec.name != name:  # d64x64, d064: one spelling a kernel
+            if spec.name != name:  # d64x64, d064, no head dim or one too many: one spelling a kernel
                 raise ValueError
         except ValueError:
             raise InputError(

@@ -14,13 +14,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, ledger, sources
+from . import catalog, ledger, sources, verify_cases, verify_check, verify_pack
 from .errors import InputError, ToolchainError
-from .spec import KernelSpec
-from .verify_cases import EMULATOR_BUDGET, cases
-from .verify_check import CaseResult, Runner, check_case
+from .spec import KernelSpec, Op
+from .verify_cases import EMULATOR_BUDGET, Case
+from .verify_check import CaseResult, Runner
+from .verify_pack import PackCase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +78,9 @@ class Report:
         word = "ok  " if self.ok else "FAIL"
         text = f"{word}  {self.spec.name}  {len(self.passed)} of {len(self.results)} cases"
         text += f" ({len(self.skipped)} skipped)" if self.skipped else ""
-        if self.worst is not None:
+        if self.spec.op is Op.PACK:
+            text += f"  {sum(r.max_error for r in self.failed):.0f} wrong words"
+        elif self.worst is not None:
             text += f"  max err {self.worst.max_error:.1e} (allowed {self.worst.allowed:.1e})"
             text += f"  rel L2 {self.worst_rel_l2:.2e}"
         yield f"{text}  {sum(r.seconds for r in self.results):.1f} s"
@@ -88,6 +92,22 @@ class Report:
         for reason in sorted({r.reason for r in self.skipped}):
             ids = [str(r.case.id) for r in self.skipped if r.reason == reason]
             yield f"      skipped {len(ids)}: {reason} (cases {' '.join(ids)})"
+
+
+def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...]:
+    """Every case of a kernel, ``cases(spec)[i].id == i``.
+
+    Raises:
+        InputError: none are written for this kind of kernel.
+    """
+    return verify_pack.cases() if spec.op is Op.PACK else verify_cases.cases(spec)
+
+
+def check_case(spec: KernelSpec, case: Case | PackCase, device: str, runner: Runner) -> CaseResult:
+    """Run one case with tensors on a torch device and apply every check."""
+    if isinstance(case, PackCase):
+        return verify_pack.check_case(spec, case, device, runner)
+    return verify_check.check_case(spec, case, device, runner)
 
 
 def parse_case(text: str) -> tuple[KernelSpec, int]:
@@ -235,6 +255,10 @@ def _launcher(spec: KernelSpec, device: str, via: str) -> Runner:
     from . import launch
 
     kernel = launch.load(spec, device=device, via=via)
+    if spec.op is Op.PACK:
+        from . import mask_packer
+
+        return partial(mask_packer.run, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return launch.run(kernel, spec, q, k, v, **options)

@@ -21,6 +21,8 @@ from .verify_cases import Case, Inputs, inputs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .verify_pack import PackCase
+
 Runner = Callable[..., Any]
 """``runner(q, k, v, **options)`` with the options of ``launch.run``: returns out, or (out, lse)."""
 
@@ -56,7 +58,7 @@ class Failure:
 class CaseResult:
     """What one case showed. ``word`` is "ok", "FAIL" or "skipped"; then the numbers are 0."""
 
-    case: Case
+    case: Case | PackCase
     word: str
     reason: str = ""
     failures: tuple[Failure, ...] = ()

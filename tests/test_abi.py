@@ -11,14 +11,14 @@ import pytest
 from fmha_runtime import build, config, params, sources
 from fmha_runtime.errors import ArtifactError
 
-STRUCTS = (params.Strides, params.FwdParams)
+STRUCTS = (params.Strides, params.FwdParams, params.PackMaskParams)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """What the host compiler says: {struct: (size, {field: (offset, size)}, alignment)}."""
     folder = tmp_path_factory.mktemp("abi")
-    lines = ['#include "params.h"', "#include <stdio.h>", "int main() {"]
+    lines = ['#include "params.h"', '#include "pack_mask.cuh"', "#include <stdio.h>", "int main() {"]
     for struct in STRUCTS:
         name = f"fmha::{struct.__name__}"
         lines.append(f'printf("{struct.__name__} . %zu %zu\\n", sizeof({name}), alignof({name}));')
@@ -28,13 +28,12 @@ def compiled(tmp_path_factory):
             )
     lines.append('printf("constants . %d %d\\n", FMHA_ABI, fmha::kUnlimited);\n}')
     (folder / "abi.cpp").write_text("\n".join(lines))
-    include = config.kernel_src() / "fmha"
+    folders = [config.kernel_src() / name for name in ("emulator", "fmha")]  # the twins stand in for <ptx/...>
     command = [
         str(build.find_host_cxx()),
         "-std=c++17",
         "-Wno-invalid-offsetof",
-        "-I",
-        str(include),
+        *(f"-I{folder}" for folder in folders),
     ]
     subprocess.run([*command, "abi.cpp", "-o", "abi"], cwd=folder, check=True)
     done = subprocess.run([folder / "abi"], capture_output=True, text=True, check=True)

@@ -75,6 +75,8 @@ PLAIN = ["--mask", "band", "--score", "plain", "--no-paged"]
         (["fmha_fwd_sm8?_*_d64"], 6),
         ([SMALL], 1),
         ([*PLAIN, "--op", "fwd"], 156),
+        (["--op", "pack"], 5),
+        (["--op", "pack", "--arch", "sm90"], 1),
     ],
 )
 def test_selection(words, count):

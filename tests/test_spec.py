@@ -18,11 +18,18 @@ SM_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
 
 
 def test_catalogue_is_every_dtype_and_head_dim_of_every_arch():
-    assert len(SPECS) == 5 * 2 * 13 * 8 + 2 * 13 * 3  # sm90a has bands of contiguous K and V
-    assert {(s.arch, s.dtype, s.head_dim, s.head_dim_v) for s in SPECS} == {
+    forward = [s for s in SPECS if s.op is Op.FWD]
+    assert len(forward) == 5 * 2 * 13 * 8 + 2 * 13 * 3  # sm90a has bands of contiguous K and V
+    assert {(s.arch, s.dtype, s.head_dim, s.head_dim_v) for s in forward} == {
         (arch, dtype, *dims) for arch in Arch for dtype in (DType.FP16, DType.BF16) for dims in HEAD_DIMS
     }
     assert [s.name for s in SPECS] == sorted({s.name for s in SPECS})
+
+
+def test_each_family_of_archs_packs_masks():
+    assert [s.name for s in SPECS if s.op is Op.PACK] == [
+        f"fmha_pack_{arch}_u8" for arch in ("sm120", "sm80", "sm86", "sm89", "sm90")
+    ]
 
 
 @pytest.mark.parametrize("arch", Arch)
@@ -31,11 +38,12 @@ def test_enumeration_of_one_arch(arch):
 
 
 def test_parse_is_the_inverse_of_name():
-    axes = (Op, Arch, DType, HEAD_DIMS, Mask, Score, KvLayout)
+    axes = (Arch, DType, HEAD_DIMS, Mask, Score, KvLayout)
     specs = [
-        KernelSpec(op, arch, dtype, *dims, mask, score, kv)
-        for op, arch, dtype, dims, mask, score, kv in itertools.product(*axes)
+        KernelSpec(Op.FWD, arch, dtype, *dims, mask, score, kv)
+        for arch, dtype, dims, mask, score, kv in itertools.product(*axes)
     ]
+    specs += [KernelSpec(Op.PACK, arch, dtype, 0, 0) for arch in Arch for dtype in DType]
     assert [KernelSpec.parse(spec.name) for spec in specs] == specs
     assert len({spec.name for spec in specs}) == len(specs)
 
@@ -47,6 +55,9 @@ def test_parse_is_the_inverse_of_name():
         "fmha",
         "fmha_fwd_sm90_bf16",
         "fmha_fwd_sm90_bf16_d64x64",
+        "fmha_fwd_sm90_bf16_packed",
+        "fmha_pack_sm90_u8_d64",
+        "fmha_pack_sm90_u8_packed",
         "fmha_fwd_sm90_bf16_d064",
         "fmha_fwd_sm75_bf16_d64",
         "fmha_fwd_sm90_fp32_d64",

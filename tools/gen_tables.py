@@ -29,7 +29,7 @@ from fmha_runtime.bench import BAND  # noqa: E402
 from fmha_runtime.bench_peers import SDPA  # noqa: E402
 from fmha_runtime.bench_record import OURS, BenchRecord  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
-from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec  # noqa: E402
+from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def support(root: Path) -> str:
     """Head dim and features x arch: how each kernel was proven, dtypes together where they agree."""
     records = ledger.load(root / "cubins" / "verified.json")
     rows = [["head dim", "features", *(arch.value for arch in Arch)]]
-    everything = catalog.enumerate_specs()
+    everything = [s for s in catalog.enumerate_specs() if s.op is Op.FWD]
     sets = dict.fromkeys(sorted((features(s) for s in everything), key=lambda x: (len(x), x)))
     for words_of in sets:
         alike: dict[tuple[str, ...], list[str]] = {}  # head dims whose cells are the same share a row
@@ -46,9 +46,11 @@ def support(root: Path) -> str:
             cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
             alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
         rows += [[", ".join(dims), " ".join(words_of) or "plain", *cells] for cells, dims in alike.items()]
+    packers = [[s for s in (catalog.pack_spec(arch),) if catalog.exists(s)] for arch in Arch]
+    rows.append(["any", "masks are packed", *(_cell(specs, records) for specs in packers)])
     devices = sorted({r.device for r in records if r.on_gpu})
     legend = (
-        "Every kernel exists in fp16 and bf16. **cubin**: this cubin passed `fmha verify` on a "
+        "Every attention kernel exists in fp16 and bf16. **cubin**: this cubin passed `fmha verify` on a "
         "GPU; **ptx**: its PTX did, through the driver's JIT on a newer GPU; **emulator**: its "
         "source did, on the CPU emulator only; **stale**: the source or tile changed since a GPU "
         "ran it; **unverified**: no record."

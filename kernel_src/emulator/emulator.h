@@ -66,6 +66,7 @@ void st_global_v4(void* dst, const uint32_t (&x)[4]);
 void st_global_u32(void* dst, uint32_t x);
 void st_global_f32(float* dst, float x);
 int32_t ld_global_s32(const int32_t* src);
+uint8_t ld_global_u8(const uint8_t* src);
 float ld_global_f32(const float* src);
 uint32_t atomic_add_global(uint32_t* word, uint32_t x);
 

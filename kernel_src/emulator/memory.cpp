@@ -298,6 +298,11 @@ int32_t ld_global_s32(const int32_t* src) {
     return *src;
 }
 
+uint8_t ld_global_u8(const uint8_t* src) {
+    check_global(self(), Op::kLdGlobalU8, src, 1, 1, false);
+    return *src;
+}
+
 float ld_global_f32(const float* src) {
     check_global(self(), Op::kLdGlobalF32, src, 4, 4, false);
     return *src;

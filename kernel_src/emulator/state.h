@@ -58,6 +58,7 @@ enum class Op : uint8_t {
     kRegistersDec,
     kNamedSync,
     kNamedArrive,
+    kLdGlobalU8,
     kExit,
 };
 const char* op_name(Op op);

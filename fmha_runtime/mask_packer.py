@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs masks where they lie: on a GPU with the table's own kernel, which reads each byte once, on the CPU with numpy.
+
+packed_mask.py has the layout. The kernel reads bytes: bool and 8-bit masks as they are, with any strides; other dtypes
+are compared with 0 by torch first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from . import catalog, dispatch, driver, emulator, interop, launch, packed_mask, params, tensors
+from .catalog import Tile
+from .dispatch import Problem
+from .errors import DriverError, InputError, UnsupportedProblem
+from .packed_mask import BLOCK, PackedMask
+from .spec import Arch, DType, KernelSpec, Op
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedMask:
+    """Packs a mask on the device where it lies, on its current stream. Nothing waits for the device.
+
+    Args:
+        mask: True (or nonzero) = attend; a torch tensor or other array of bool, integers or floats.
+            [Sq, Sk], [B or 1, H or 1, Sq, Sk]; with cu_seqlens_q [Tq, columns] or [H or 1, Tq, columns], where column
+            j of a token's row is key j of its own sequence. Any strides.
+        cu_seqlens_q: int32 [B + 1] for varlen queries.
+
+    Raises:
+        InputError: a shape that is none of these.
+        UnsupportedProblem: there is no packer for this GPU.
+        KernelNotBuilt, ArtifactError, DriverError: the packer is not built, damaged, or cannot be loaded (during a
+            graph capture: call ``prepare`` or pack once before it).
+    """
+    import torch
+
+    mask, cu_seqlens_q = interop.view("mask", mask), interop.view("cu_seqlens_q", cu_seqlens_q)
+    if not (isinstance(mask, torch.Tensor) and mask.is_cuda):
+        return packed_mask.pack(mask, cu_seqlens_q=cu_seqlens_q)
+    packed_mask.planes(mask, cu_seqlens_q is not None)  # a wrong shape is said before a kernel is missed
+    index = mask.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    return run(_loaded(index, stream), mask, cu_seqlens_q)
+
+
+def packed(mask: Any, cu_seqlens_q: Any, stream: int | None = None) -> PackedMask | None:
+    """The mask of a call as kernels read it; anything but a PackedMask is packed now, on the stream of the call."""
+    if mask is None or isinstance(mask, PackedMask):
+        return mask
+    if stream is None or not getattr(mask, "is_cuda", False):
+        return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
+    import torch
+
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=mask.device)):
+        return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
+
+
+def prepare(index: int) -> None:
+    """Loads the packer of a GPU ahead of its first use, for example before a graph capture.
+
+    Raises:
+        UnsupportedProblem, KernelNotBuilt, ArtifactError, DriverError: as ``pack_mask``.
+    """
+    _loaded(index, 0)
+
+
+@cache
+def spec_for(index: int) -> KernelSpec:
+    """The packer of a GPU.
+
+    Raises:
+        UnsupportedProblem: there is none.
+    """
+    major, minor = driver.capability(index)
+    arch = Arch.for_capability(major, minor)
+    if arch is None:
+        raise UnsupportedProblem(
+            f"there is no kernel that packs masks on compute capability {major}.{minor}; "
+            "pack_mask(mask.cpu()) packs on the CPU"
+        )
+    return dispatch.choose(Problem(arch, DType.U8, 0, 0, Op.PACK)).spec
+
+
+_kernels: dict[int, Any] = {}  # by device
+
+
+def _loaded(index: int, stream: int) -> Any:
+    kernel = _kernels.get(index)
+    if kernel is None:
+        kernel = _kernels[index] = launch.load(spec_for(index), device=f"cuda:{index}", stream=stream)
+    return kernel
+
+
+def run(
+    kernel: launch.Kernel,
+    mask: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tile: Tile | None = None,
+) -> PackedMask:
+    """Packs with exactly this kernel, on the current stream of the mask's device, or on the emulator.
+
+    Args:
+        out: contiguous int32 tensors to write, ``words`` and ``any`` of the result; default new ones.
+        tile: that the kernel was built with; default the catalogue's.
+
+    Raises:
+        InputError: a shape that ``pack_mask`` does not take, or too large a mask.
+    """
+    import torch
+
+    mask = _as_bytes(packed_mask.planes(mask, cu_seqlens_q is not None))
+    batch, heads, rows, cols = mask.shape
+    row_blocks, col_blocks, sequences = -(-rows // BLOCK), -(-cols // BLOCK), None
+    if cu_seqlens_q is not None:
+        cu_seqlens_q = cu_seqlens_q.to(mask.device, torch.int32).contiguous()
+        sequences = len(cu_seqlens_q) - 1
+        row_blocks = packed_mask.varlen_row_blocks(rows, sequences)
+    shapes = packed_mask.shapes(batch, heads, row_blocks, col_blocks)
+    words, seen = out or (torch.empty(shape, dtype=torch.int32, device=mask.device) for shape in shapes)
+    grid = batch * heads * row_blocks * shapes[1][-1]
+    if grid >= 1 << 31:
+        raise InputError(f"a mask of shape {tuple(mask.shape)} is too large to be packed at once: split it")
+    if grid:
+        p = params.PackMaskParams(
+            mask.data_ptr(), words.data_ptr(), seen.data_ptr(),
+            None if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+            *mask.stride(), heads, rows, cols, sequences or 0, row_blocks, col_blocks,
+        )  # fmt: skip
+        _launch(
+            kernel, grid, tile or catalog.tile(catalog.pack_spec(Arch.SM80)), p, (mask, cu_seqlens_q), (words, seen)
+        )
+    return PackedMask(words, seen, rows, cols, sequences)
+
+
+def _as_bytes(mask: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if mask.element_size() != 1 or mask.dtype.is_floating_point:  # -0.0 is zero and no zero byte
+        mask = mask != 0
+    return mask.view(torch.uint8)
+
+
+def _launch(
+    kernel: launch.Kernel,
+    grid: int,
+    tile: Tile,
+    p: params.PackMaskParams,
+    inputs: tuple[torch.Tensor | None, ...],
+    outputs: tuple[torch.Tensor, ...],
+) -> None:
+    import torch
+
+    smem = catalog.smem_bytes(catalog.pack_spec(Arch.SM80), tile)
+    block = ctypes.addressof(p)
+    if isinstance(kernel, emulator.Kernel):
+        given = [(t, False) for t in inputs if t is not None] + [(t, True) for t in outputs]
+        buffers = [(t.data_ptr(), tensors.extent_bytes(t), writable) for t, writable in given]
+        kernel.launch(grid, tile.threads, smem, 0, block, buffers)
+        return
+    argument = (ctypes.c_void_p * 1)(block)
+    with torch.cuda.device(kernel.device):
+        stream = torch._C._cuda_getCurrentRawStream(kernel.device)
+        try:
+            kernel.launch(grid, tile.threads, smem, stream, ctypes.addressof(argument))
+        except DriverError as error:
+            if error.code != driver.INVALID_CONTEXT:
+                raise
+            driver.bind(kernel.device)  # this thread's first CUDA call
+            kernel.launch(grid, tile.threads, smem, stream, ctypes.addressof(argument))
