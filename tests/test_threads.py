@@ -24,7 +24,7 @@ def qkv(seed, sq=17, sk=29):
     return [torch.randn(1, n, 2, 32, generator=g).bfloat16() for n in (sq, sk, sk)]
 
 
-@pytest.mark.parametrize("device", [None, "emulator"])
+@pytest.mark.parametrize("device", [None, "emulator", "emulator:sm90"])
 def test_first_calls_at_once(monkeypatch, device):
     """Nobody has planned anything yet, and all ask for the same few problems."""
     inputs = [qkv(i % 2) for i in range(8)]
@@ -36,10 +36,11 @@ def test_first_calls_at_once(monkeypatch, device):
     assert len(api._plans) == (device is not None)
 
 
-def test_one_plan_for_many_threads():
-    plan = fmha.plan(*qkv(0), device="emulator")
+@pytest.mark.parametrize("device", ["emulator", "emulator:sm90"])
+def test_one_plan_for_many_threads(device):
+    plan = fmha.plan(*qkv(0), device=device)
     inputs = [qkv(i) for i in range(6)]
-    want = [fmha.attention(*x, device="emulator") for x in inputs]
+    want = [fmha.attention(*x, device=device) for x in inputs]
 
     def work(i):
         return [plan.run(*inputs[i], return_lse=True)[0] for _ in range(5)]
