@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+import model_zoo  # noqa: E402
+
 from fmha_runtime.errors import InputError, UnsupportedProblem  # noqa: E402
 from fmha_runtime.integrations import transformers as adapter  # noqa: E402
 from fmha_runtime.integrations.transformers_masks import layer_mask  # noqa: E402
@@ -182,6 +184,17 @@ def test_a_mask_tensor_is_packed_once_and_again_when_it_changes():
     assert registration.bits(mask, 4) is not first
     assert registration.bits(mask.clone(), 4).words.equal(registration.bits(mask, 4).words)
     assert registration.bits(mask, 3).cols == 3
+
+
+def test_inference_mode(name):
+    """Tensors of inference mode have no version counter; nothing may ask for it."""
+    seen = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    want = hidden(bert(name), input_ids=tokens(1, 5), attention_mask=seen)
+    with torch.inference_mode():
+        got = bert(name)(input_ids=tokens(1, 5), attention_mask=seen.clone()).last_hidden_state
+        padded = padding([3, 5], 5)
+        decoder(name)(input_ids=tokens(2, 5), attention_mask=padded.flip(1))
+    assert torch.equal(got.float(), want)
 
 
 def test_mask_that_is_a_bias_is_refused(name):
@@ -441,11 +454,18 @@ def test_registration_can_be_undone():
     assert "fmha_other" not in AttentionMaskInterface._global_mapping
 
 
-def test_encoder_on_the_emulator():
-    """The same padded batch through the kernel itself."""
+@pytest.mark.parametrize("case", ["Bert-padded", "Llama-packed", "GptOss-sinks", "Llama-left-padded"])
+def test_models_on_the_emulator(case):
+    """The same batches through the kernels themselves: lengths, varlen, sinks and windows, packed masks."""
+    case = next(each for each in model_zoo.CASES if each.name == case)
     registration = adapter.register("fmha_emulated", device="emulator")
     try:
-        mask = padding([7, 3, 5], 7)
-        check(bert, "fmha_emulated", mask, input_ids=tokens(3, 7), attention_mask=mask)
+        inputs = case.inputs()
+        exact = hidden(case.make("eager", torch.float32), **inputs)
+        want = hidden(case.make("eager"), **inputs)
+        got = hidden(case.make("fmha_emulated"), **inputs)
+        mask = inputs.get(case.mask)
+        assert registration.calls == 2
+        assert worst(got, exact, mask) <= 2 * worst(want, exact, mask)
     finally:
         registration.remove()
