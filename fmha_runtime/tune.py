@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timezone
 from multiprocessing import get_context
@@ -29,6 +30,7 @@ PAGE = 64
 START_SECONDS = 120.0  # of a process: importing torch, opening the GPU, the tensors of the first cell
 Say = Callable[[str], None]
 Talk = Callable[[str, Job, float], Iterator[tuple[Any, ...]]]
+"""Runs a job somewhere and hands out its messages: a ``Worker``, or what a test puts in its place."""
 
 
 def cells_for(spec: KernelSpec, lengths: Sequence[int] = LENGTHS) -> tuple[Cell, ...]:
@@ -86,7 +88,6 @@ def run(
     reps: int = 10,
     plain_grid: bool = False,
     say: Say = lambda text: None,
-    talk: Talk | None = None,
 ) -> TuneRecord:
     """Tune kernels, one after the other.
 
@@ -95,7 +96,6 @@ def run(
         seconds: a cap on all: kernels that were not reached are left out, and noted in the record.
         timeout: of one variant's check, and of its first runs in a cell.
         plain_grid: time Hopper's variants with one CTA a query tile as well, as "TILE plain".
-        talk: runs a job in another process; tests put their own in its place.
 
     Raises:
         DriverError: no GPU, or a process cannot start on it.
@@ -108,15 +108,15 @@ def run(
     begin = time.monotonic()
     wanted = [(spec, tile) for spec in specs for tile in candidates(spec, tiles)]
     outcomes = build_all(wanted, jobs, say)
-    talk = talk or converse
     tuned, skipped = [], []
-    for spec in specs:
-        if time.monotonic() - begin > seconds:
-            skipped.append(spec.name)
-            continue
-        mine = [outcome for (of, _), outcome in outcomes.items() if of == spec]
-        job = Job(spec.name, (), cells_for(spec, lengths), found, f"cuda:{device}", reps)
-        tuned.append(tune_kernel(spec, mine, job, timeout, talk, say, plain_grid=plain_grid))
+    with closing(Worker()) as worker:
+        for spec in specs:
+            if time.monotonic() - begin > seconds:
+                skipped.append(spec.name)
+                continue
+            mine = [outcome for (of, _), outcome in outcomes.items() if of == spec]
+            job = Job(spec.name, (), cells_for(spec, lengths), found, f"cuda:{device}", reps)
+            tuned.append(tune_kernel(spec, mine, job, timeout, worker, say, plain_grid=plain_grid))
     meta = {
         **{"gpu": info.name, "capability": list(info.capability), "driver": info.driver_version},
         **{"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": ledger.commit()},
@@ -236,43 +236,70 @@ def _time(
     return tuple(done), speeds
 
 
-def converse(task: str, job: Job, timeout: float) -> Iterator[tuple[Any, ...]]:
-    """The messages of a job that runs in a process of its own, which is gone when this ends.
+class Worker:
+    """A process of its own that runs one job after the other, and its successors: whoever falls silent or dies is
+    replaced at the next job. Call it like a function; ``close`` ends it."""
 
-    A process that says nothing for ``timeout`` seconds is killed; the last message is then ("lost", "hung", why), or
-    ("lost", "fault", why) where it died.
-    """
-    context = get_context("spawn")  # a forked child could not use CUDA
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(task, job, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    allowed = START_SECONDS
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._channel: Any = None
+
+    def __call__(self, task: str, job: Job, timeout: float) -> Iterator[tuple[Any, ...]]:
+        """The messages of a job (see tune_worker.py).
+
+        A process that says nothing for ``timeout`` seconds is killed; the last message is then ("lost", "hung", why),
+        or ("lost", "fault", why) where it died.
+        """
+        if self._process is None:
+            self._start()
+        self._channel.send((task, job))
+        allowed, intact = START_SECONDS, False
+        try:
+            while True:
+                if not self._channel.poll(allowed):
+                    yield ("lost", "hung", f"no answer in {allowed:.0f} s")
+                    return
+                try:
+                    message = self._channel.recv()
+                except (EOFError, ConnectionResetError):
+                    self._process.join(5)
+                    yield ("lost", "fault", f"its process ended with code {self._process.exitcode}")
+                    return
+                intact = message[0] == "end"
+                yield message
+                if intact:
+                    return
+                allowed = timeout + (job.seconds if message[0] == "turns" else 0.0)
+        finally:
+            if not intact:
+                self.close()
+
+    def _start(self) -> None:
+        context = get_context("spawn")  # a forked child could not use CUDA
+        self._channel, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is None:
+            return
+        self._channel.close()
+        self._process.kill()
+        self._process.join(30)
+        self._process = self._channel = None
+
+
+def _serve(channel: Any) -> None:
+    """The body of the other process: jobs, until one of them says that the GPU's context is lost."""
     try:
+        tasks = {"check": tune_worker.check, "measure": tune_worker.measure}
         while True:
-            if not mine.poll(allowed):
-                yield ("lost", "hung", f"no answer in {allowed:.0f} s")
+            task, job = channel.recv()
+            if not tasks[task](job, channel.send):
                 return
-            try:
-                message = mine.recv()
-            except EOFError:
-                process.join(5)
-                yield ("lost", "fault", f"its process ended with code {process.exitcode}")
-                return
-            yield message
-            if message[0] == "end":
-                return
-            allowed = timeout + (job.seconds if message[0] == "turns" else 0.0)
-    finally:
-        mine.close()
-        if process.is_alive():
-            process.kill()
-        process.join(30)
-
-
-def _work(task: str, job: Job, channel: Any) -> None:
-    """The body of the other process."""
-    try:
-        {"check": tune_worker.check, "measure": tune_worker.measure}[task](job, channel.send)
+    except EOFError:
+        return
     except FmhaError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -41,8 +41,8 @@ class Job:
     seconds: float = 10.0  # of a cell
 
 
-def check(job: Job, send: Send) -> None:
-    """Hold every variant to the number rule of verify.py, on its quick cases."""
+def check(job: Job, send: Send) -> bool:
+    """Hold every variant to the number rule of verify.py, on its quick cases. False: the context is lost."""
     import torch
 
     from . import launch, verify
@@ -65,19 +65,23 @@ def check(job: Job, send: Send) -> None:
                 return launch.run(kernel, spec, q, k, v, tile=tile, **options)
 
             report = verify.verify_kernel(spec, device=job.device, quick=True, runner=run)
+        except DriverError as error:
+            send(("checked", variant, "fault", str(error)))
+            return False
         except FmhaError as error:
-            send(("checked", variant, "fault" if isinstance(error, DriverError) else "not built", str(error)))
+            send(("checked", variant, "not built", str(error)))
             continue
         fault = any(f.check == "fault" for r in report.failed for f in r.failures)
         why = [f"case {r.case.id}: {r.failures[0]}" for r in report.failed]
         send(("checked", variant, "ok" if report.ok else "fault" if fault else "wrong", "; ".join(why[:2])))
-        if fault:  # the context is lost, and with it this process
-            return
+        if fault:
+            return False
     send(("end",))
+    return True
 
 
-def measure(job: Job, send: Send) -> None:
-    """TFLOP/s of variants and peers in every cell."""
+def measure(job: Job, send: Send) -> bool:
+    """TFLOP/s of variants and peers in every cell. False: the context is lost."""
     import torch
 
     from . import bench, bench_peers
@@ -106,11 +110,14 @@ def measure(job: Job, send: Send) -> None:
                         out = runnable.output(runnable.call())
                     torch.cuda.synchronize()
             except (Absent, FmhaError) as error:
+                if isinstance(error, DriverError):
+                    send(("refused", cell.key, name, "fault", str(error)))
+                    return False
                 send(("refused", cell.key, name, "not run", str(error)))
                 continue
             except Exception as error:  # torch.AcceleratorError where a kernel failed: the context is lost
                 send(("refused", cell.key, name, "fault", f"{type(error).__name__}: {error}"))
-                return
+                return False
             if name in job.peers:
                 outputs[name] = out
             elif why := bench.wrong(cell, x, {**outputs, OURS: out}).get(OURS):
@@ -122,3 +129,4 @@ def measure(job: Job, send: Send) -> None:
         speeds = {name: round(cell.flops / statistics.median(times) / 1e6, 1) for name, times in found.items()}
         send(("timed", cell.key, speeds))
     send(("end",))
+    return True

@@ -196,18 +196,32 @@ def test_a_cell_that_stops_everybody_is_given_up() -> None:
     assert set(states.values()) == {"ok"} and result.choice is not None
 
 
-def test_a_silent_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def worker() -> Iterator[tune.Worker]:
+    made = tune.Worker()
+    yield made
+    made.close()
+
+
+def test_a_silent_process_is_killed(worker: tune.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "START_SECONDS", 0.01)  # no interpreter starts in that time
-    (message,) = tune.converse("check", replace(JOB, variants=(NAMES[0],)), 1.0)
-    assert message[:2] == ("lost", "hung")
+    (message,) = worker("check", replace(JOB, variants=(NAMES[0],)), 1.0)
+    assert message[:2] == ("lost", "hung") and worker._process is None
 
 
-def test_a_process_that_dies_is_noticed() -> None:
-    (message,) = tune.converse("check", replace(JOB, kernel="no kernel"), 1.0)
+def test_a_process_lives_for_many_jobs_and_its_death_is_noticed(worker: tune.Worker) -> None:
+    pytest.importorskip("torch")
+    job = replace(JOB, device="emulator")
+    assert list(worker("check", job, 60)) == [("ready",), ("end",)]
+    first = worker._process.pid
+    assert list(worker("check", job, 60)) == [("ready",), ("end",)]
+    assert worker._process.pid == first
+    (message,) = worker("check", replace(job, kernel="no kernel"), 60)
     assert message[:2] == ("lost", "fault") and "code 1" in message[2]
+    assert list(worker("check", job, 60))[-1] == ("end",)  # another one takes its place
 
 
-def test_variants_are_checked_in_another_process() -> None:
+def test_variants_are_checked() -> None:
     """The real check, on the emulator: a right tile, and one whose kernel cannot be instantiated."""
     pytest.importorskip("torch")
     job = Job(SMALL.name, ("64x32 w4 s2 c1", "48x32 w4 s2 c1"), device="emulator")
@@ -216,7 +230,7 @@ def test_variants_are_checked_in_another_process() -> None:
         patch.setattr(
             tune_worker.Tile, "parse", lambda text: Tile(*map(int, text.replace("x", " ").split()[:2]), 4, 2, 1)
         )
-        tune_worker.check(job, found.append)
+        assert tune_worker.check(job, found.append)
     words = [message[0] for message in found]
     assert words == ["ready", "checking", "checked", "checking", "checked", "end"]
     assert found[2][1:3] == (job.variants[0], "ok")
