@@ -103,7 +103,7 @@ def _bound(side: str, value: object) -> int:
     return value
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: that would cost a microsecond in every call that has one
 class Extras:
     """The tensors that few calls have; None: not asked for."""
 
@@ -113,10 +113,23 @@ class Extras:
     mask: PackedMask | None = None
 
     @property
-    def given(self) -> tuple[bool, ...]:
-        """Which of them are there."""
-        each = (self.alibi_slopes, self.sinks, self.page_table, self.mask)
-        return tuple(x is not None for x in each)
+    def key(self) -> tuple[Any, ...] | None:
+        """What a plan depends on; None: none of them is there."""
+        slopes, sinks, table, mask = self.alibi_slopes, self.sinks, self.page_table, self.mask
+        if slopes is None and sinks is None and table is None and mask is None:
+            return None
+        return (
+            None if slopes is None else tensors.geometry(slopes),
+            None if sinks is None else tensors.geometry(sinks),
+            None if table is None else tensors.geometry(table),
+            None if mask is None else mask.key,
+        )
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether one of them does."""
+        slopes, sinks = self.alibi_slopes, self.sinks
+        return (slopes is not None and slopes.requires_grad) or (sinks is not None and sinks.requires_grad)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

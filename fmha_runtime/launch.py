@@ -11,12 +11,13 @@ import ctypes
 import math
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import build, call, catalog, config, driver, emulator, manifest, params, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
-from .errors import BuildError, DriverError, EmulatorFault, InputError, KernelNotBuilt
+from .errors import BuildError, DriverError, EmulatorFault, InputError, KernelNotBuilt, UnsupportedProblem
 from .packed_mask import PackedMask, pack
 from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .spec import Arch, KernelSpec
@@ -29,6 +30,10 @@ Kernel = Any  # driver.Kernel or emulator.Kernel: the same interface, no common 
 EMULATED_L2 = 16 << 20
 EMULATED_SMS = 2
 LOG2_E = math.log2(math.e)
+NO_BACKWARD = (
+    "an input requires a gradient and there is no backward kernel yet: call under torch.no_grad() or "
+    "torch.inference_mode(), or use torch's scaled_dot_product_attention for training"
+)
 
 
 def emulated_arch(device: object) -> Arch | None:
@@ -141,21 +146,27 @@ class Plan:
         import torch
 
         self.spec, self.tile, self.kernel, self.shape, self.options = spec, tile, kernel, shape, opts
-        self._asked = extras.given
-        self._lengths = tuple(None if t is None else geometry(t) for t in lengths)
-        self._out_shape, self._lse_shape = shape.out, shape.lse
+        self._extras_key = extras.key
+        self._lengths = tuple(None if t is None else tensors.geometry(t) for t in lengths)
+        self._no_lengths = self._lengths == (None, None, None)
         self._debug = config.debug()
-        self.geometry = (geometry(q), geometry(k), geometry(v))
+        self.geometry = (*tensors.geometry(q), *tensors.geometry(k), *tensors.geometry(v))
         self._lock = threading.Lock()
         self._threads = tile.threads
         self._smem = catalog.smem_bytes(spec, tile)
         self._emulated = isinstance(kernel, emulator.Kernel)
-        self._device = -1 if self._emulated else kernel.device
         self._torch = torch
+        self._device = -1
+        if not self._emulated:  # bound once: each look-up would cost every call
+            self._device = kernel.device
+            self._current_device = torch._C._cuda_getDevice
+            self._current_stream = torch._C._cuda_getCurrentRawStream
+            self._empty = _allocator()
         block = params.allocate(spec)
         p = self._params = block.tma.fwd if isinstance(block, FwdSm90Params) else block
-        strides = out.stride() if out is not None else _contiguous(shape.out)
-        self._out_strides = strides
+        strides = tuple(out.stride()) if out is not None else _contiguous(shape.out)
+        self._out = (shape.out, strides, q.dtype)
+        self._lse = (shape.lse, _contiguous(shape.lse), torch.float32)
         for stride, own in (
             (p.q_stride, q.stride()),
             (p.k_stride, k.stride()),
@@ -183,6 +194,7 @@ class Plan:
         if self.grid >= 1 << 31:
             raise InputError(f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
         self._maps: tuple[int, ...] = ()
+        self._map_words: tuple[ctypes.c_uint64, ...] = ()
         self._queued = False
         if isinstance(block, FwdSm90Params):
             tiles, self.grid = self.grid, self._ctas()
@@ -215,12 +227,16 @@ class Plan:
         columns = 32 if self.shape.head_dim <= 32 else 64  # FwdSm90Traits::kGroupColumns
         swizzle = tensor_map.Swizzle.B64 if columns == 32 else tensor_map.Swizzle.B128
         encode = tensor_map.encode_emulated if self._emulated else tensor_map.encode
+        replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
         rows = (64, self.tile.block_n, self.tile.block_n)  # Q: a consumer's
         slots = (block.q_map, block.k_map, block.v_map)
         for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
             layout = tensor_map.layout(tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle)
             encode(layout, tensor.data_ptr(), ctypes.addressof(slot))
         self._maps = tuple(ctypes.addressof(slot) for slot in slots)
+        words = [tensor_map.address_word(slot, replace) for slot in self._maps]
+        found = tuple(word for word in words if word is not None)
+        self._map_words = found if len(found) == len(words) else ()
 
     def _place(self, extras: Extras) -> None:
         """What the parameter block says of the optional tensors, their addresses aside."""
@@ -269,41 +285,54 @@ class Plan:
         Raises:
             InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
-        if (geometry(q), geometry(k), geometry(v)) != self.geometry:
+        if (
+            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
+            v.dtype, v.device,
+        ) != self.geometry:  # fmt: skip
             self._refuse(q, k, v)
-        if out is not None and (out.shape != self._out_shape or out.stride() != self._out_strides):
+        if out is not None and ((out.shape, out.stride(), out.dtype) != self._out or out.device != q.device):
             raise InputError(
-                f"out has shape {tuple(out.shape)} and strides {out.stride()}; this plan writes "
-                f"{self._out_shape} with strides {tuple(self._out_strides)}"
+                f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; this plan writes "
+                f"{self._out[2]} {self._out[0]} with strides {self._out[1]} on {q.device}"
             )
-        if not (cu_seqlens_q is cu_seqlens_k is seqused_k is None and self._lengths == (None, None, None)):
+        if not (cu_seqlens_q is cu_seqlens_k is seqused_k is None and self._no_lengths):
             self._check_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k)
         extras = NO_EXTRAS
         if not (alibi_slopes is sinks is page_table is mask is None):
             extras = Extras(alibi_slopes, sinks, page_table, mask)
-        if extras.given != self._asked:
-            raise InputError(
-                "a plan is for one set of optional tensors (alibi_slopes, sinks, page_table, mask): "
-                f"this one was made with {self._asked}, this run has {extras.given}"
-            )
+        if extras is not NO_EXTRAS or self._extras_key is not None:
+            self._check_extras(extras)
         return self.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)
 
     def _check_lengths(self, *given: torch.Tensor | None) -> None:
         for name, tensor, planned in zip(
             ("cu_seqlens_q", "cu_seqlens_k", "seqused_k"), given, self._lengths, strict=True
         ):
-            now = None if tensor is None else geometry(tensor)
+            now = None if tensor is None else tensors.geometry(tensor)
             if now != planned:
                 raise InputError(
                     f"{name} has (shape, strides, dtype, device) {now}; this plan was made for {planned}: "
                     "make another plan, or call attention()"
                 )
 
+    def _check_extras(self, extras: Extras) -> None:
+        if extras.key == self._extras_key:
+            return
+        names = ("alibi_slopes", "sinks", "page_table", "mask")
+        nothing = (None,) * len(names)
+        each = zip(names, extras.key or nothing, self._extras_key or nothing, strict=True)
+        changed = "; ".join(f"{name} is {now}, planned was {then}" for name, now, then in each if now != then)
+        raise InputError(
+            "a plan is for one set of optional tensors (alibi_slopes, sinks, page_table, mask) and their (shape, "
+            f"strides, dtype, device): {changed}. Make another plan, or call attention()"
+        )
+
     def _refuse(self, *given: torch.Tensor) -> None:
-        for name, tensor, planned in zip("qkv", given, self.geometry, strict=True):
-            if geometry(tensor) != planned:
+        for i, (name, tensor) in enumerate(zip("qkv", given, strict=True)):
+            planned = self.geometry[4 * i : 4 * i + 4]
+            if tensors.geometry(tensor) != planned:
                 raise InputError(
-                    f"{name} has (shape, strides, dtype, device) {geometry(tensor)}; this plan was made for "
+                    f"{name} has (shape, strides, dtype, device) {tensors.geometry(tensor)}; this plan was made for "
                     f"{planned}: make another plan, or call attention()"
                 )
 
@@ -325,87 +354,115 @@ class Plan:
 
         ``lse`` is a contiguous tensor to write instead of a new one; only with ``return_lse``.
         """
-        torch = self._torch
+        if (
+            q.requires_grad or k.requires_grad or v.requires_grad or (extras is not NO_EXTRAS and extras.requires_grad)
+        ) and self._torch.is_grad_enabled():
+            raise UnsupportedProblem(NO_BACKWARD)
+        if self._emulated:
+            return self._emulate(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, extras, lse)
+        if self._current_device() != self._device:
+            with self._torch.cuda.device(self._device):
+                return self.launch(
+                    q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse
+                )  # fmt: skip
         if out is None:
-            out = torch.empty(self._out_shape, dtype=q.dtype, device=q.device)
-            if self._emulated:
-                out.fill_(float("nan"))  # what a kernel forgets to write shows
+            out = self._empty(*self._out)
         if return_lse and lse is None:
-            lse = torch.empty(self._lse_shape, dtype=torch.float32, device=q.device)
+            lse = self._empty(*self._lse)
         if self.grid:
-            addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-            if (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15:
-                for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-                    tensors.check_address(name, tensor)
-            p = self._params
-            if self._debug:  # before the launch, so that the call that crashes is the last line
-                print(f"fmha: {self}", file=sys.stderr, flush=True)
+            if stream is None:
+                stream = self._current_stream(self._device)
             with self._lock:
-                p.q, p.k, p.v, p.o = addresses
-                p.lse = None if lse is None else lse.data_ptr()
-                p.cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.data_ptr()
-                p.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.data_ptr()
-                p.seqused_k = None if seqused_k is None else seqused_k.data_ptr()
-                if extras is not NO_EXTRAS:
-                    p.alibi_slopes = _address(extras.alibi_slopes)
-                    p.sinks = _address(extras.sinks)
-                    p.page_table = _address(extras.page_table)
-                    if extras.mask is not None:
-                        p.mask, p.mask_any = extras.mask.words.data_ptr(), extras.mask.any.data_ptr()
-                if self._emulated:
-                    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
-                    self._emulate(addresses, inputs, (out, lse))
-                else:
-                    try:
-                        self._enqueue(addresses, stream)
-                    except DriverError as error:
-                        if error.code != driver.INVALID_CONTEXT:
-                            raise
-                        driver.bind(self._device)  # this thread's first CUDA call
-                        self._enqueue(addresses, stream)
+                self._fill(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
+                try:
+                    self._enqueue(stream)
+                except DriverError as error:
+                    if error.code != driver.INVALID_CONTEXT:
+                        raise
+                    driver.bind(self._device)  # this thread's first CUDA call
+                    self._enqueue(stream)
         return out if lse is None else (out, lse)
 
-    def _enqueue(self, addresses: tuple[int, ...], stream: int | None) -> None:
-        for slot, address in zip(self._maps, addresses, strict=False):
-            tensor_map.replace_address(slot, address)
-        device = self._device
-        cuda = self._torch._C
-        if stream is None:
-            stream = cuda._cuda_getCurrentRawStream(device)
+    def _enqueue(self, stream: int) -> None:
         if self._queued:
-            self._block.queue = driver.queue_word(device, stream)
-        if cuda._cuda_getDevice() == device:
-            self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
-        else:
-            with self._torch.cuda.device(device):
-                self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
+            self._block.queue = driver.queue_word(self._device, stream)
+        self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
 
     def _emulate(
-        self,
-        addresses: tuple[int, ...],
-        inputs: tuple[torch.Tensor | None, ...],
-        outputs: tuple[torch.Tensor | None, ...],
+        self, q: Any, k: Any, v: Any, out: Any, return_lse: bool, cu_q: Any, cu_k: Any, used: Any, extras: Extras,
+        lse: Any,
+    ) -> Any:  # fmt: skip
+        if out is None:
+            shape, strides, dtype = self._out
+            out = self._torch.empty_strided(shape, strides, dtype=dtype)
+            out.fill_(float("nan"))  # what a kernel forgets to write shows
+        if return_lse and lse is None:
+            shape, strides, dtype = self._lse
+            lse = self._torch.empty_strided(shape, strides, dtype=dtype)
+        if self.grid:
+            buffers = [
+                (t.data_ptr(), tensors.extent_bytes(t), writable)
+                for group, writable in (((q, k, v, cu_q, cu_k, used, *extras.tensors), False), ((out, lse), True))
+                for t in group
+                if t is not None
+            ]
+            queue = ctypes.c_uint32(0)
+            with self._lock:
+                self._fill(q, k, v, out, lse, cu_q, cu_k, used, extras)
+                if self._queued:
+                    self._block.queue = ctypes.addressof(queue)
+                    buffers.append((self._block.queue, 4, True))
+                block = ctypes.addressof(self._block)
+                self.kernel.launch(self.grid, self._threads, self._smem, 0, block, buffers)
+            if queue.value:
+                raise EmulatorFault(f"kernel {self.spec.name} left its tile queue at {queue.value}, not at 0 again")
+        return out if lse is None else (out, lse)
+
+    def _fill(
+        self, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any, used: Any, extras: Extras
     ) -> None:
-        for slot, address in zip(self._maps, addresses, strict=False):
-            tensor_map.replace_address_emulated(slot, address)
-        queue = ctypes.c_uint32(0)
-        buffers = [
-            (t.data_ptr(), tensors.extent_bytes(t), writable)
-            for group, writable in ((inputs, False), (outputs, True))
-            for t in group
-            if t is not None
-        ]
-        if self._queued:
-            self._block.queue = ctypes.addressof(queue)
-            buffers.append((self._block.queue, 4, True))
-        self.kernel.launch(self.grid, self._threads, self._smem, 0, ctypes.addressof(self._block), buffers)
-        if queue.value:
-            raise EmulatorFault(f"kernel {self.spec.name} left its tile queue at {queue.value}, which must be 0 again")
+        """Writes every address of this run into the parameter block; the caller holds the lock."""
+        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        if (q_at | k_at | v_at | out_at) & 15:
+            for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+                tensors.check_address(name, tensor)
+        if self._debug:  # before the launch, so that the call that crashes is the last line
+            print(f"fmha: {self}", file=sys.stderr, flush=True)
+        if extras is NO_EXTRAS:
+            params.write_addresses(
+                self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
+                0 if cu_q is None else cu_q.data_ptr(), 0 if cu_k is None else cu_k.data_ptr(),
+                0 if used is None else used.data_ptr(),
+            )  # fmt: skip
+        else:
+            mask, slopes, sinks, table = extras.mask, extras.alibi_slopes, extras.sinks, extras.page_table
+            params.write_all_addresses(
+                self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
+                0 if cu_q is None else cu_q.data_ptr(), 0 if cu_k is None else cu_k.data_ptr(),
+                0 if used is None else used.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+                0 if slopes is None else slopes.data_ptr(), 0 if table is None else table.data_ptr(),
+                0 if mask is None else mask.words.data_ptr(), 0 if mask is None else mask.any.data_ptr(),
+            )  # fmt: skip
+        if self._map_words:
+            q_word, k_word, v_word = self._map_words
+            q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
+        elif self._maps:
+            replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
+            for slot, address in zip(self._maps, (q_at, k_at, v_at), strict=True):
+                replace(slot, address)
 
 
-def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a plan depends on: shape, strides, dtype, device."""
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def _allocator() -> Any:
+    """(shape, strides, dtype) -> an uninitialised tensor on the current GPU: torch's own short cut below the
+    dispatcher, which compiled code calls, in half the time of torch.empty."""
+    import torch
+
+    found = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    return found or partial(_empty_strided, torch)
+
+
+def _empty_strided(torch: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
 
 def chunk_reciprocal(chunk: int) -> tuple[int, int]:
@@ -418,10 +475,6 @@ def chunk_reciprocal(chunk: int) -> tuple[int, int]:
         return 0, 0
     shift = max(0, (2 * chunk - 1).bit_length() - 2)
     return min((1 << 31) - 1, -(-(1 << (32 + shift)) // (2 * chunk))), shift
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

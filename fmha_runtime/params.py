@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
 from .spec import Arch, KernelSpec, Op
 
@@ -71,6 +72,12 @@ class FwdParams(ctypes.Structure):
         ("scale_log2", ctypes.c_float),
         ("tanh_scale", ctypes.c_float),
     ]
+
+
+# The addresses lie at the start of the block, so that one call writes them: (block, 0, q, k, ...) in the order of the
+# fields, 0 for null. A call without sinks, slopes, pages and mask changes the first eight only.
+write_addresses = struct.Struct("=8Q").pack_into
+write_all_addresses = struct.Struct("=13Q").pack_into
 
 
 class TensorMap(ctypes.Structure):

@@ -22,6 +22,11 @@ MAX_SEQLEN = 1 << 29
 """Longest sequence whose positions and window bounds stay inside the kernel's int32."""
 
 
+def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What a plan depends on: shape, strides, dtype, device."""
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
 def dtype_of(name: str, tensor: torch.Tensor) -> DType:
     """The table's element type of a tensor.
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU that is none: CPU tensors take the path of CUDA tensors up to the driver, which only takes notes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from types import SimpleNamespace
+
+import torch
+
+from fmha_runtime import api, call, catalog, dispatch, driver, launch, params, tensor_map
+from fmha_runtime.spec import Arch
+
+STREAM = 0x51
+QUEUE = 0x70000
+
+
+class _Kernel:
+    """Stands for a loaded kernel of device 0."""
+
+    def __init__(self, spec, stub):
+        self.name, self.device, self._stub, self._block = spec.name, 0, stub, params.block_type(spec)
+
+    def launch(self, grid, threads, smem, stream, argument):
+        if self._stub.refusals:
+            raise self._stub.refusals.pop(0)
+        block = self._block.from_buffer_copy(
+            (ctypes.c_char * ctypes.sizeof(self._block)).from_address(ctypes.c_void_p.from_address(argument).value)
+        )
+        fields = {"name": self.name, "grid": grid, "threads": threads, "smem": smem, "stream": stream, "block": block}
+        self._stub.launches.append(SimpleNamespace(**fields, device=self._stub.current))
+
+
+class StubDevice:
+    """Installs itself with monkeypatch.
+
+    Attributes:
+        launches: of all kernels: name, grid, threads, smem, stream, parameter block, the device that was current.
+        refusals: errors that the next launches raise.
+        current: the current device, as torch would say.
+        bound: devices that were made a thread's own.
+    """
+
+    def __init__(self, monkeypatch, arch=Arch.SM90):
+        self.launches, self.refusals, self.current, self.bound, self.arch = [], [], 0, [], arch
+        guards = torch._C._dynamo.guards
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.current, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM + device, raising=False)
+        monkeypatch.setattr(guards, "_empty_strided_cuda", guards._empty_strided_cpu, raising=False)
+        monkeypatch.setattr(torch.cuda, "device", self._switch)
+        monkeypatch.setattr(driver, "sm_count", lambda index: 132)
+        monkeypatch.setattr(driver, "l2_bytes", lambda index: 50 << 20)
+        monkeypatch.setattr(driver, "bind", self.bound.append)
+        monkeypatch.setattr(driver, "queue_word", lambda device, stream: QUEUE + 4 * stream)
+        monkeypatch.setattr(tensor_map, "encode", tensor_map.encode_emulated)
+        monkeypatch.setattr(tensor_map, "replace_address", tensor_map.replace_address_emulated)
+        monkeypatch.setattr(api, "_make_plan", self._make_plan)
+        monkeypatch.setattr(api, "_plans", {})
+
+    @contextlib.contextmanager
+    def _switch(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def _make_plan(self, q, k, v, lengths, options, extras, out, device, stream, fallback, tile=None):
+        shape, opts = api._checked(q, k, v, lengths, extras, out), call.options(**options)
+        spec = dispatch.choose(api._problem(self.arch, q, shape, opts, extras)).spec
+        given = (lengths[0], lengths[1], lengths[4])
+        return launch.Plan(_Kernel(spec, self), spec, catalog.tile(spec), shape, opts, q, k, v, out, extras, given)
