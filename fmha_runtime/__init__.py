@@ -24,6 +24,7 @@ _HOME = {
     "merge_states": "api",
     "plan": "api",
     "prepare": "api",
+    "register_torch_ops": "api",
     "Plan": "launch",
     "Problem": "dispatch",
     "Trace": "dispatch",
@@ -65,6 +66,7 @@ __all__ = [
     "pack_mask",
     "plan",
     "prepare",
+    "register_torch_ops",
     "unpack_mask",
 ]
 
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
         merge_states,
         plan,
         prepare,
+        register_torch_ops,
     )
     from .dispatch import Problem, Trace
     from .errors import (

@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, driver, interop, launch, mask_packer, reference, tensors
+from . import call, dispatch, driver, interop, launch, mask_packer, reference, tensors, torch_ops
 from .call import NO_EXTRAS, Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError, UnsupportedProblem
@@ -218,23 +218,35 @@ def attention_with_kvcache(
 def _call(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
     softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, mask: Any, used: Any, out: Any, return_lse: bool,
-    device: Any, stream: Any, fallback: Any, cache: bool = False, tile: str | None = None,
+    device: Any, stream: Any, fallback: Any, cache: bool = False, tile: str | None = None, traced: bool = False,
 ) -> Any:  # fmt: skip
-    # The hot path: one dictionary look-up stands for every check that depends on geometry and options.
+    import torch
+
+    if not traced and (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx and other modes that see operators
+        or (type(q) is not torch.Tensor and _dispatches(q))
+    ):
+        return _trace(
+            q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap, chunk, alibi, sinks, table, mask, used,
+            out, return_lse, device, stream, fallback, cache, tile,
+        )  # fmt: skip
+    # The hot path: one dictionary look-up stands for every check that depends on geometry and options. Attributes are
+    # read in line: a function call would cost more than they do.
     extras, optional = NO_EXTRAS, None
     if alibi is not None or sinks is not None or table is not None or mask is not None:
-        mask = mask_packer.packed(mask, cu_q, stream)
-        extras = Extras(alibi, sinks, table, mask)
-        optional = (*map(_geometry, (alibi, sinks, table)), None if mask is None else mask.key)
+        extras = Extras(alibi, sinks, table, None if mask is None else mask_packer.packed(mask, cu_q, stream))
     key: Any
     try:
+        if extras is not NO_EXTRAS:
+            optional = extras.key
         key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
             v.dtype, v.device, causal, window, scale, softcap, chunk, device, max_q, max_k, cache, tile, optional,
-            None if out is None else launch.geometry(out),
-            None if used is None else launch.geometry(used),
-            None if cu_q is None else launch.geometry(cu_q),
-            None if cu_k is None else launch.geometry(cu_k),
+            None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+            None if used is None else (used.shape, used.stride(), used.dtype, used.device),
+            None if cu_q is None else (cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.device),
+            None if cu_k is None else (cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.device),
         )  # fmt: skip
         plan = _plans.get(key)
     except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
@@ -259,23 +271,82 @@ def _call(
             if len(_plans) >= _PLAN_LIMIT:
                 _plans.clear()
             _plans[key] = plan
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        _refuse_gradients()
     return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream, extras)
 
 
-def _geometry(tensor: Any) -> Any:
-    return None if tensor is None else launch.geometry(tensor) if hasattr(tensor, "stride") else tensor
-
-
-def _refuse_gradients() -> None:
+def _dispatches(tensor: Any) -> bool:
+    """Whether a tensor of this class sees every operator itself: fake tensors, DTensor and the like."""
     import torch
 
-    if torch.is_grad_enabled():
-        raise UnsupportedProblem(
-            "q, k or v requires a gradient and there is no backward kernel yet: call under torch.no_grad() or "
-            "torch.inference_mode(), or use torch's scaled_dot_product_attention for training"
-        )
+    plain = torch.Tensor.__torch_dispatch__
+    return getattr(type(tensor), "__torch_dispatch__", plain) is not plain
+
+
+def _trace(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, causal: Any, window: Any, scale: Any,
+    softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, mask: Any, used: Any, out: Any, return_lse: bool,
+    device: Any, stream: Any, fallback: Any, cache: bool, tile: str | None,
+) -> Any:  # fmt: skip
+    """The call as an operator, which whoever traces writes down and whose checks run with it."""
+    import torch
+
+    register_torch_ops()
+    if stream is not None:
+        raise InputError("stream= in a traced call: traced code runs on the current stream; leave it out")
+    if window is not None and (not isinstance(window, tuple | list) or len(window) != 2):
+        call.options(window=window)  # type: ignore[arg-type]  # raises
+    left, right = (None, None) if window is None else window
+    options: dict[str, Any] = {
+        "causal": causal, "window_left": left, "window_right": right, "scale": scale, "softcap": softcap,
+        "attention_chunk": chunk, "alibi_slopes": alibi, "sinks": sinks, "return_lse": return_lse, "device": device,
+        "fallback": fallback, "tile": tile, **torch_ops.mask_arguments(mask),
+    }  # fmt: skip
+    if out is not None:
+        options["into"] = out
+    ops = torch.ops.fmha
+    if cache:
+        options.update(page_table=table, cu_seqlens_q=cu_q, max_seqlen_q=max_q)
+        op = ops.fwd_kvcache if out is None else ops.fwd_kvcache_out
+        result = op(q, k, v, used, **options)
+    elif cu_q is not None:
+        op = ops.fwd_varlen if out is None else ops.fwd_varlen_out
+        result = op(q, k, v, cu_q, cu_k, max_q, max_k, seqused_k=used, **options)
+    else:
+        op = ops.fwd if out is None else ops.fwd_out
+        result = op(q, k, v, seqused_k=used, **options)
+    out, lse = result if out is None else (out, result)
+    return (out, lse) if return_lse else out
+
+
+def _run_op(name: str, given: dict[str, Any], out: Any) -> tuple[Any, Any]:
+    """An operator's work: the eager call. Returns (out, lse or None)."""
+    get = given.get
+    mask = torch_ops.mask_of(given)
+    cache = name == "fwd_kvcache"
+    k, v = (given["k_cache"], given["v_cache"]) if cache else (given["k"], given["v"])
+    return_lse = get("return_lse", False)
+    result = _call(
+        given["q"], k, v, get("cu_seqlens_q"), get("cu_seqlens_k"), get("max_seqlen_q"), get("max_seqlen_k"),
+        get("causal", False), (get("window_left"), get("window_right")), get("scale"), get("softcap", 0.0),
+        get("attention_chunk"), get("alibi_slopes"), get("sinks"), get("page_table"), mask,
+        get("cache_seqlens" if cache else "seqused_k"), out, return_lse, get("device"), None, get("fallback"), cache,
+        get("tile"), True,
+    )  # fmt: skip
+    return result if return_lse else (result, None)
+
+
+def register_torch_ops() -> None:
+    """Defines ``torch.ops.fmha.fwd``, ``fwd_varlen``, ``fwd_kvcache``, their ``_out`` forms and ``merge``.
+
+    Calls under torch.compile and the like do it by themselves; a program that was exported with these operators and is
+    loaded in a fresh process needs it first. A second call does nothing.
+    """
+    torch_ops.define(_run_op, _merge)
+
+
+# What dynamo looks for: run this while tracing and take the result as it is. torch.compiler.assume_constant_result
+# would say so, if torch could be imported here.
+register_torch_ops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None) -> call.Shape:
@@ -534,6 +605,15 @@ def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
             raise InputError(
                 f"part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; {tuple(shape)} and {rows} are needed"
             )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _dispatches(outs[0]):
+        register_torch_ops()
+        return torch.ops.fmha.merge(list(outs), list(lses))
+    return _merge(outs, lses)
+
+
+def _merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     stacked = torch.stack([lse.float() for lse in lses])
     total = torch.logsumexp(stacked, dim=0)
     weights = torch.exp(stacked - torch.where(total.isinf(), 0.0, total))

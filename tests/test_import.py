@@ -20,10 +20,10 @@ FLOORS = {
     0: "errors config spec alibi",
     1: "catalog forced_tile sources manifest params publish ledger",
     2: "build driver emulator tensors interop packed_mask tensor_map",
-    3: "call dispatch launch mask_packer reference",
+    3: "call dispatch launch mask_packer reference torch_ops",
     4: "api",
     5: "verify verify_cases verify_check verify_pack bench bench_record plots doctor inspection progress"
-    " report selection integrations integrations.transformers"
+    " report selection integrations integrations.torch_sdpa integrations.transformers"
     " integrations.transformers_masks integrations.transformers_paged integrations.vllm"
     " compat compat.shared compat.kvcache compat.bert_padding compat.flash_attn compat.flash_attn_3"
     " bench_cells bench_libraries bench_peers bench_provider"
