@@ -87,19 +87,25 @@ _TILES: dict[tuple[int, int], tuple[str, str, str]] = {
 
 # Hopper's own kernels (TMA, wgmma), swept on an H200 on 2026-11-21 (docs/notes/hopper_forward.md).
 _HOPPER_TILES: dict[tuple[int, int], str] = {
-    (32, 32): "192x128 w16 s2 c1",
-    (40, 40): "192x128 w16 s2 c1",
-    (48, 48): "192x128 w16 s2 c1",
-    (64, 64): "192x128 w16 s2 c1",
-    (72, 72): "192x112 w16 s2 c1",
-    (80, 80): "192x112 w16 s2 c1",
-    (96, 96): "192x96 w16 s2 c1",
-    (104, 104): "192x96 w16 s2 c1",
-    (128, 128): "128x128 w12 s2 c1",
+    (32, 32): "256x80 w20 s8 c1",
+    (40, 40): "256x80 w20 s6 c1",
+    (48, 48): "256x80 w20 s6 c1",
+    (64, 64): "192x128 w16 s3 c1",
+    (72, 72): "192x112 w16 s3 c1",
+    (80, 80): "192x112 w16 s3 c1",
+    (96, 96): "192x96 w16 s3 c1",
+    (104, 104): "192x96 w16 s3 c1",
+    (128, 128): "128x128 w12 s3 c1",
     (160, 160): "128x112 w12 s2 c1",
     (192, 192): "128x112 w12 s2 c1",
     (256, 256): "128x80 w12 s2 c1",
     (192, 128): "128x128 w12 s2 c1",
+}
+
+# The cap needs registers: with the plain cut these would spill.
+_HOPPER_SOFTCAP_TILES: dict[tuple[int, int], str] = {
+    (48, 48): "256x64 w20 s6 c1",
+    (64, 64): "192x112 w16 s3 c1",
 }
 
 # Where a feature needs registers that the plain cut does not leave, another cut; chosen by "no spills", not timed yet.
@@ -157,20 +163,29 @@ def _features(arch: Arch) -> tuple[tuple[Mask, Score, KvLayout], ...]:
     return _HOPPER_FEATURES if arch is Arch.SM90A else _FEATURES
 
 
-_ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    f"fmha_fwd_sm90a_{dtype}_d{dims}{score}": (size, "in the producer's set-up of a tile: its loop has none")
-    for dtype in ("fp16", "bf16")
-    for dims, size in {
-        **dict.fromkeys(("72", "80", "96", "104", "128", "192x128"), 48),
-        **dict.fromkeys(("160", "192", "256"), 128),
-    }.items()
-    for score in ("", "_alibi", "_softcap")
-} | {
-    f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
-    for dtype in ("fp16", "bf16")
-    # Timed when it was 164, 84 and 24 bytes, before attention_chunk.
-    for dims, size in (("d96", 200), ("d192x128", 84), ("d256", 148))
-}
+_ALLOWED_SPILLS: dict[str, tuple[int, str]] = (
+    {
+        f"fmha_fwd_sm90a_{dtype}_d{dims}{score}": (size, "in the producer's set-up of a tile: its loop has none")
+        for dtype in ("fp16", "bf16")
+        for dims, size in {
+            **dict.fromkeys(("72", "80", "96", "104"), 160),
+            **dict.fromkeys(("128", "192x128"), 96),
+            **dict.fromkeys(("160", "192", "256"), 144),
+        }.items()
+        for score in ("", "_alibi", "_softcap")
+    }
+    | {
+        f"fmha_fwd_sm90a_{dtype}_d{d}_softcap": (16, "one register, in the set-up of a tile")
+        for dtype in ("fp16", "bf16")
+        for d in (32, 40, 64)
+    }
+    | {
+        f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
+        for dtype in ("fp16", "bf16")
+        # Timed when it was 164, 84 and 24 bytes, before attention_chunk.
+        for dims, size in (("d96", 200), ("d192x128", 84), ("d256", 148))
+    }
+)
 """Kernel name -> (bytes, why that many are worth it). Everything else must not spill at all."""
 
 
@@ -223,8 +238,8 @@ def tile(spec: KernelSpec) -> Tile:
         text = _PACK_TILE
     elif spec.arch is not Arch.SM90A:
         text = _mma_tile(spec)
-    elif dims == (64, 64) and spec.score is Score.SOFTCAP:
-        text = "192x112 w16 s2 c1"  # the cap needs registers; 128 keys a step spill 140 bytes
+    elif spec.score is Score.SOFTCAP and dims in _HOPPER_SOFTCAP_TILES:
+        text = _HOPPER_SOFTCAP_TILES[dims]
     else:
         text = _HOPPER_TILES[dims]
     chosen = Tile.parse(text)
