@@ -363,12 +363,12 @@ def registers(kernel: Kernel) -> int:
 
 def stream_is_capturing(stream: int) -> bool:
     """Whether a CUDA graph is being captured on this stream."""
-    api = _api()
-    result = api.cuStreamIsCapturing(stream)
+    result = _api().cuStreamIsCapturing(stream)
+    if not result[0]:  # nearly always, and launches ask
+        return bool(result[1])  # CU_STREAM_CAPTURE_STATUS_NONE is 0
     if result[0].name == "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT":
         return True  # the legacy stream while another stream captures in global mode
-    status = check("cuStreamIsCapturing", result)
-    return int(status) != int(api.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
+    return bool(check("cuStreamIsCapturing", result))
 
 
 class _current:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 
 from fmha_runtime import driver
-from fmha_runtime.errors import ArtifactError
+from fmha_runtime.errors import ArtifactError, DriverError
 
 
 def elf(sections: list[tuple[int, int, int]]) -> bytes:
@@ -37,3 +38,21 @@ def test_a_whole_image_passes():
 def test_truncated_images_are_refused(image):
     with pytest.raises(ArtifactError, match=r"truncated.*fmha build --force k"):
         driver._check_whole("k", image)
+
+
+def test_whether_a_stream_is_captured(monkeypatch):
+    api = pytest.importorskip("cuda.bindings.driver")
+    ok, status = api.CUresult.CUDA_SUCCESS, api.CUstreamCaptureStatus
+    answers = {
+        0: (ok, status.CU_STREAM_CAPTURE_STATUS_NONE),
+        1: (ok, status.CU_STREAM_CAPTURE_STATUS_ACTIVE),
+        2: (ok, status.CU_STREAM_CAPTURE_STATUS_INVALIDATED),
+        3: (api.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, None),
+        4: (api.CUresult.CUDA_ERROR_INVALID_CONTEXT, None),
+    }
+    stub = SimpleNamespace(cuStreamIsCapturing=answers.get, cuGetErrorString=lambda code: (ok, b"no context"))
+    monkeypatch.setattr(driver, "_api", lambda: stub)
+    assert [driver.stream_is_capturing(stream) for stream in range(4)] == [False, True, True, True]
+    with pytest.raises(DriverError) as caught:
+        driver.stream_is_capturing(4)
+    assert caught.value.code == driver.INVALID_CONTEXT

@@ -292,6 +292,7 @@ def test_a_compiled_training_step_mixes_our_forward_with_torchs_backward(on_gpu)
         own = [grad(t) for t in tensors]
         run(*own).backward()
         grads.append([t.grad for t in own])
+    assert on_gpu.calls >= 1 and on_gpu.passed_on == {"a gradient is needed": 1}
     for compiled, eager in zip(*grads, strict=True):
         assert (compiled - eager).float().norm() / eager.float().norm() < 2e-2
 
