@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verifies whole archs with several processes and writes the ledger once, at the end.
+"""Verifies whole archs with several processes and writes the ledger as it goes.
 
 ``fmha verify --record`` is the same for a few kernels; this is for all of them on a lent GPU. Each arch goes its
 way: ``sm90=cubin`` loads the built cubins, ``sm80=ptx`` lets the driver's JIT finish the PTX, ``sm120=emulator`` needs
@@ -16,7 +16,7 @@ from multiprocessing import get_context
 
 import click
 
-from fmha_runtime import catalog, ledger, verify
+from fmha_runtime import catalog, ledger, sources, verify
 from fmha_runtime.errors import FmhaError
 from fmha_runtime.spec import Arch, KernelSpec
 
@@ -48,14 +48,28 @@ def parse(words: Iterable[str]) -> list[tuple[KernelSpec, str]]:
     return found
 
 
+def recorded(spec: KernelSpec, way: str, known: Iterable[ledger.Record]) -> bool:
+    """Whether the ledger has this kernel, with the source and the tile it has now, verified this way."""
+    return any(
+        r.name == spec.name
+        and r.how == way
+        and (r.source_hash, r.tile) == (sources.source_hash(spec), str(catalog.tile(spec)))
+        for r in known
+    )
+
+
 @click.command(help=__doc__)
 @click.argument("archs", nargs=-1, required=True, metavar="ARCH=WAY...")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True)
+@click.option("--missing", is_flag=True, help="Only kernels that the ledger does not have as they are now.")
 @click.option("--seconds", default=0.0, help="Start nothing new after this long; 0 = no limit.")
-def main(archs: tuple[str, ...], jobs: int, seconds: float) -> None:
+def main(archs: tuple[str, ...], jobs: int, missing: bool, seconds: float) -> None:
     wanted, start = parse(archs), time.monotonic()
+    if missing:
+        known = ledger.load()
+        wanted = [pair for pair in wanted if not recorded(*pair, known)]
+    verified = failed = 0
     records: list[ledger.Record] = []
-    failed = 0
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(one, *pair): pair for pair in wanted}
         for done in as_completed(waiting):
@@ -66,15 +80,19 @@ def main(archs: tuple[str, ...], jobs: int, seconds: float) -> None:
                 failed += 1
                 click.echo(text)
             else:
+                verified += 1
                 records.append(record)
+                if len(records) == 8:
+                    ledger.record(records)
+                    records.clear()
             if seconds and time.monotonic() - start > seconds:
                 for other in waiting:
                     other.cancel()
     ledger.record(records)
-    missing = len(wanted) - len(records) - failed
+    left = len(wanted) - verified - failed
     took = time.monotonic() - start
-    click.echo(f"{len(records)} of {len(wanted)} verified, {failed} failed, {missing} not run, {took:.0f} s")
-    raise SystemExit(1 if failed or missing else 0)
+    click.echo(f"{verified} of {len(wanted)} verified, {failed} failed, {left} not run, {took:.0f} s")
+    raise SystemExit(1 if failed or left else 0)
 
 
 if __name__ == "__main__":
