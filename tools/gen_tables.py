@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated parts of README.md and docs/performance.md from what is recorded.
+"""Writes the generated parts of README.md, docs/performance.md and docs/accuracy.md from what is recorded.
 
     python tools/gen_tables.py            rewrite the parts between markers
     python tools/gen_tables.py --check    change nothing, exit 1 when a part is out of date
 
 A part lies between ``<!-- generated:NAME -->`` and ``<!-- /generated:NAME -->``. Its sources are
-the catalogue, the ledger cubins/verified.json, the benchmark records docs/bench/*.json and the tuning records
-docs/notes/tune_*.json.
+the catalogue, the ledger cubins/verified.json, the records docs/bench/*.json and docs/accuracy/*.json, and the tuning
+records docs/notes/tune_*.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from fmha_runtime import bench_cells, catalog, ledger, sources  # noqa: E402
 from fmha_runtime.bench import BAND  # noqa: E402
@@ -296,6 +296,37 @@ def _mark(value: float | None, floor: float) -> str:
     return f"**{value:.2f}**" if value < floor else f"{value:.2f}"
 
 
+def accuracy(root: Path) -> str:
+    """Every case of every record that tools/accuracy.py wrote: relative L2 errors, and ratios to the best peer."""
+    paths = sorted((root / "docs" / "accuracy").glob("*.json"))
+    if not paths:
+        return "Nothing is recorded yet: `python tools/accuracy.py` on a GPU writes a record."
+    import accuracy as tool  # beside this file; needs torch, which no other part does
+
+    parts = []
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] != tool.SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {record['schema']}: measure again with tools/accuracy.py", path=path
+            )
+        meta, rows = record["meta"], record["rows"]
+        peers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != tool.OURS]
+        errors = {(r["feature"], r["dtype"], r["head_dim"], r["provider"]): r["rel_l2"] for r in rows}
+        table = [["case", "ours", *peers, "L2 / best", "largest / best fused"]]
+        for one in tool.verdicts(rows):
+            found = (errors.get((*one["case"], name)) for name in (tool.OURS, *peers))
+            ratios = (one["l2_ratio"], one["max_ratio"])
+            feature, dtype, d = one["case"]
+            cells = ["-" if x is None else f"{x:.2e}" for x in found]
+            cells += [f"{x:.2f}" if x <= 2 else f"**{x:.2f}**" for x in ratios]
+            table.append([f"{feature} {dtype} d{d}", *cells])
+        where = f"{meta['gpu']}, torch {meta['torch']}, cuDNN {meta['cudnn']}, {meta['seqlen']} tokens"
+        parts += [f"## {path.stem}", f"{where}, commit {str(meta['commit'])[:12]}, {meta['date'][:10]}."]
+        parts.append(_markdown(table))
+    return "\n\n".join(parts)
+
+
 PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"support": support, "speed": speed},
     "docs/performance.md": {
@@ -305,6 +336,7 @@ PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
         "tiles": tiles,
         "performance": performance,
     },
+    "docs/accuracy.md": {"accuracy": accuracy},
 }
 
 

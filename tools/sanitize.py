@@ -30,20 +30,21 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import catalog, config, driver, launch, verify  # noqa: E402
+from fmha_runtime import catalog, config, driver, launch, mask_packer, verify  # noqa: E402
 from fmha_runtime.errors import FmhaError  # noqa: E402
-from fmha_runtime.spec import KernelSpec  # noqa: E402
-from fmha_runtime.verify_cases import cases  # noqa: E402
-from fmha_runtime.verify_check import check_case  # noqa: E402
+from fmha_runtime.spec import KernelSpec, Op  # noqa: E402
 
 KERNELS = (
     "fmha_fwd_sm90_bf16_d64_packed_paged",
     "fmha_fwd_sm90_bf16_d128_alibi",
     "fmha_fwd_sm90a_bf16_d64",
     "fmha_fwd_sm90a_fp16_d128",
+    "fmha_pack_sm90_u8",
 )
 CASES = (47, 90, 107, 118, 128, 136)
 """Ids: several tiles each way, a window, varlen with empty sequences, keyless rows, large inputs, sinks, chunks."""
+PACK_CASES = (36, 37, 38, 39, 90, 93)
+"""Of the mask packer: rows that begin anywhere, one allocation without a byte behind it, strides, varlen."""
 FOUND = 97  # exit code that the sanitizer gives when it has findings; no worker ends with it
 MUTANT_SPEC = "fmha_fwd_sm90_bf16_d64"
 
@@ -121,9 +122,10 @@ def work(spec: KernelSpec, tool: str, mutant: bool, quick: bool) -> int:
         runner(q, k, k, return_lse=True)
         driver.synchronize(0)
     else:
-        for case in cases(spec):
-            if case.id in (CASES[:2] if quick else CASES):
-                result = check_case(spec, case, "cuda:0", runner)
+        wanted = PACK_CASES if spec.op is Op.PACK else CASES
+        for case in verify.cases(spec):
+            if case.id in (wanted[:2] if quick else wanted):
+                result = verify.check_case(spec, case, "cuda:0", runner)
                 wrong = wrong or result.word != "ok"
                 for failure in result.failures:
                     print(f"worker: case {case.id}: {failure}")
@@ -132,15 +134,17 @@ def work(spec: KernelSpec, tool: str, mutant: bool, quick: bool) -> int:
 
 
 class Counting:
-    """A runner for verification whose q, k and v have nothing behind them, and that counts."""
+    """A runner for verification whose q, k and v have nothing behind them, and that counts. Masks stay as they are."""
 
     def __init__(self, kernel: Any, spec: KernelSpec) -> None:
         self.kernel, self.spec, self.launches = kernel, spec, 0
 
-    def __call__(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+    def __call__(self, q: Any, k: Any, v: Any = None, **options: Any) -> Any:
         import torch
 
         self.launches += 1
+        if self.spec.op is Op.PACK:
+            return mask_packer.run(self.kernel, q, k, **options)
         exact = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         return launch.run(self.kernel, self.spec, *exact, **options)
 
