@@ -122,6 +122,15 @@ def test_store_writes_slots_and_nothing_else():
     assert torch.equal(keys, before)
 
 
+def test_keys_come_before_values_in_a_block(backend):
+    """What moves blocks between machines relies on the declared shape."""
+    runner = vllm_stub.Runner(backend)
+    ((_, keys, values, _),) = runner.step({0: 20})
+    pages = runner.cache[runner.tables[0]]
+    assert torch.equal(pages[:, 0].flatten(0, 1)[:20], keys)
+    assert torch.equal(pages[:, 1].flatten(0, 1)[:20], values)
+
+
 def test_layers_that_share_a_cache_do_not_write(backend):
     runner = vllm_stub.Runner(backend)
     agree(runner.step({0: 9}))
@@ -139,7 +148,7 @@ def test_memory_measurement_without_metadata(backend):
 
 def test_sinks_loaded_later_are_seen(backend):
     """Weights come after the layer is built."""
-    sinks = torch.zeros(4)
+    sinks = torch.zeros(4, dtype=torch.bfloat16)  # as a model holds them: what kernels read is a copy
     runner = vllm_stub.Runner(backend, sinks=sinks)
     agree(runner.step({0: 5}), sinks=sinks)
     sinks.copy_(SINKS)
