@@ -67,14 +67,27 @@ def test_forward_is_that_of_eager_attention(fmha, case, device):
         assert worst(run("eager", torch.float32, **case.without), exact, mask) > 4 * rounding
 
 
-def generate(model, inputs, **options):
-    """(tokens, logits [batch, steps, vocabulary]) of a greedy generation."""
+def check_generation(case, device, mask, **options):
+    """Logits of each step of a greedy generation against a forward pass over the finished text without a cache."""
+    prompt = tokens(2, 8).to(device)
+    model = case.make("fmha_test", device=device, head=True)
     with torch.no_grad():
         done = model.generate(
-            **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True,
-            disable_compile=True, **options,
+            prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
+            output_logits=True, **options,
         )  # fmt: skip
-    return done.sequences, torch.stack(done.logits, 1)
+    text, logits = done.sequences, torch.stack(done.logits, 1)
+    whole = torch.nn.functional.pad(mask, (0, text.shape[1] - 8), value=1)
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
+
+    def teach(dtype):
+        with torch.no_grad():
+            model = case.make("eager", dtype, device, head=True)
+            seen = model(input_ids=text, attention_mask=whole, position_ids=positions, use_cache=False).logits
+        return seen[:, 7:-1]
+
+    exact = teach(torch.float32)
+    assert worst(logits, exact) <= 2 * worst(teach(torch.bfloat16), exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -82,32 +95,17 @@ def generate(model, inputs, **options):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("case", GENERATORS, ids=str)
 def test_generation_is_that_of_eager_attention(fmha, case, cache, padding, device):
-    """Logits of each step against a forward pass over the finished text without a cache."""
     if padding and case.name.startswith("Gemma2"):
         pytest.skip("softcap with padding on the left is refused: test_transformers.py")
     if cache == "static" and case.name.startswith("Llama4"):
         makers = inspect.signature(transformers.masking_utils.create_chunked_causal_mask).parameters
         if "block_sequence_ids" not in makers:
             pytest.skip(f"transformers {transformers.__version__} cannot generate with chunks and a static cache")
-    inputs = {"input_ids": tokens(2, 8).to(device)}
-    mask = torch.ones_like(inputs["input_ids"])
+    mask = torch.ones(2, 8, dtype=torch.long, device=device)
     if padding:
         mask[1, :3] = 0
-    inputs["attention_mask"] = mask
-    model = case.make("fmha_test", device=device, head=True)
-    text, logits = generate(model, inputs, cache_implementation=cache)
+    check_generation(case, device, mask, cache_implementation=cache, disable_compile=True)
     assert fmha.calls > 0
-    whole = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
-    positions = (whole.cumsum(1) - 1).clamp(min=0)
-
-    def teach(dtype):
-        with torch.no_grad():
-            model = case.make("eager", dtype, device, head=True)
-            seen = model(input_ids=text, attention_mask=whole, position_ids=positions, use_cache=False).logits
-        return seen[:, mask.shape[1] - 1 : -1]
-
-    exact = teach(torch.float32)
-    assert worst(logits, exact) <= 2 * worst(teach(torch.bfloat16), exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -209,12 +207,44 @@ def test_compiled_model(fmha, device):
     assert torch.equal(compiled, plain)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in {"Llama", "Gemma2-softcap", "Gemma3-window"}], ids=str)
+@torch.no_grad()
+def test_compiled_decoding_step(fmha, case, device):
+    """What generate() compiles: a step over a static cache, its masks made ahead. One graph, whatever the position."""
+    from torch._dynamo.testing import CompileCounter
+    from transformers.masking_utils import create_masks_for_generate
+
+    model = case.make("fmha_test", device=device, head=True)
+    parameters = inspect.signature(create_masks_for_generate).parameters
+
+    def decode(step):
+        past = transformers.StaticCache(config=model.config, max_cache_len=32)
+        model(input_ids=tokens(2, 8).to(device), past_key_values=past)
+        logits = []
+        for position in range(8, 12):
+            made = {
+                "config": model.config,
+                "inputs_embeds": torch.empty(2, 1, 0, dtype=torch.bfloat16, device=device),
+                "attention_mask": torch.ones(2, position + 1, dtype=torch.long, device=device),
+                "past_key_values": past,
+            }
+            masks = create_masks_for_generate(**{name: x for name, x in made.items() if name in parameters})
+            one = tokens(2, 1, seed=position).to(device)
+            logits.append(step(input_ids=one, attention_mask=masks, past_key_values=past).logits)
+        return torch.cat(logits, 1)
+
+    torch._dynamo.reset()
+    compiler = CompileCounter()
+    compiled = decode(torch.compile(model, backend=compiler, fullgraph=True))
+    assert torch.equal(compiled, decode(model))
+    assert compiler.frame_count <= 2  # the second one learns that positions change
+
+
 @pytest.mark.gpu
-def test_generation_compiles_by_itself(fmha):
-    """A static cache makes generate() compile the decoding step on a GPU."""
-    case = next(case for case in GENERATORS if case.name == "Llama")
-    model = case.make("fmha_test", device="cuda", head=True)
-    inputs = {"input_ids": tokens(2, 8).cuda()}
-    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
-    compiled = model.generate(**inputs, **options)
-    assert torch.equal(compiled, model.generate(**inputs, **options, disable_compile=True))
+@pytest.mark.parametrize("case", GENERATORS[:2], ids=str)
+def test_generation_compiles_by_itself(fmha, case):
+    """A static cache makes generate() compile the decoding step on a GPU, with inductor."""
+    torch._dynamo.reset()
+    mask = torch.ones(2, 8, dtype=torch.long, device="cuda")
+    check_generation(case, "cuda", mask, cache_implementation="static")
