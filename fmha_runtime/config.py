@@ -36,6 +36,7 @@ VARIABLES: tuple[Variable, ...] = (
         "$XDG_CACHE_HOME/fmha_runtime or ~/.cache/fmha_runtime",
         "built kernels; created at the first build",
     ),
+    Variable("FMHA_COMMIT", "-", "commit that records name, for a copy of the checkout without .git"),
     Variable("FMHA_CUBIN_DIR", "-", "extra folder of cubins, searched first; may be read-only"),
     Variable("FMHA_NVCC", "-", "the nvcc to use, before any other that is found"),
     Variable("FMHA_HOST_CXX", "g++", "host C++ compiler, for nvcc and for the emulator"),
@@ -132,6 +133,11 @@ def emulator_threads() -> int:
 def debug() -> bool:
     """Whether the CLI shows tracebacks and launches are announced."""
     return _flag("FMHA_DEBUG")
+
+
+def commit() -> str | None:
+    """The commit of a copy that has no ``.git``; None: not named."""
+    return _get("FMHA_COMMIT")
 
 
 def tool_environment() -> dict[str, str]:

@@ -393,6 +393,12 @@ def bind(device: int) -> None:
     _call("cuCtxSetCurrent", _context(device))
 
 
+def ensure_context(device: int) -> None:
+    """Binds a device's primary context unless the calling thread has a context already, which then stays."""
+    if not int(_call("cuCtxGetCurrent")):
+        bind(device)
+
+
 def synchronize(device: int) -> None:
     """Waits for everything on a device; a kernel's fault surfaces here."""
     with _current(device):

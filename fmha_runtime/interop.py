@@ -159,7 +159,7 @@ def _from_cuda_array_interface(x: Any) -> torch.Tensor:
 
     stream = x.__cuda_array_interface__.get("stream")
     if stream is not None:
-        torch.cuda.current_stream().wait_stream(torch.cuda.ExternalStream(stream))
+        torch.cuda.current_stream().wait_stream(_stream(stream))
     tensor = torch.as_tensor(x, device="cuda")
     address = x.__cuda_array_interface__["data"][0]
     if tensor.numel() and tensor.data_ptr() != address:
@@ -172,7 +172,14 @@ def _wait_for_torch(x: Any) -> None:
 
     stream = getattr(x, "__cuda_array_interface__", {}).get("stream")
     if stream is not None:
-        torch.cuda.ExternalStream(stream).wait_stream(torch.cuda.current_stream())
+        _stream(stream).wait_stream(torch.cuda.current_stream())
+
+
+def _stream(handle: int) -> torch.cuda.Stream:
+    """The stream that the interface's number names: 1 is the legacy default stream, which torch does not take by it."""
+    import torch
+
+    return torch.cuda.default_stream() if handle == 1 else torch.cuda.ExternalStream(handle)
 
 
 @contextlib.contextmanager

@@ -227,6 +227,8 @@ class Plan:
         columns = 32 if self.shape.head_dim <= 32 else 64  # FwdSm90Traits::kGroupColumns
         swizzle = tensor_map.Swizzle.B64 if columns == 32 else tensor_map.Swizzle.B128
         encode = tensor_map.encode_emulated if self._emulated else tensor_map.encode
+        if not self._emulated:
+            driver.ensure_context(self._device)  # the driver encodes in a context; a new thread has none
         replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
         rows = (64, self.tile.block_n, self.tile.block_n)  # Q: a consumer's
         slots = (block.q_map, block.k_map, block.v_map)

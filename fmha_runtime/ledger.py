@@ -149,7 +149,7 @@ def status(spec: KernelSpec, records: Iterable[Record] | None = None) -> Status:
 
 def commit() -> str | None:
     """The checkout's current commit: FMHA_COMMIT, for a copy without ``.git``, else read there; None if neither is."""
-    named = os.environ.get("FMHA_COMMIT")
+    named = config.commit()
     if named:
         return named
     root = Path(__file__).resolve().parent.parent / ".git"

@@ -175,7 +175,7 @@ def _checked(what: str, status: Any) -> None:
 
 
 def encode(layout: TensorMapLayout, address: int, slot: int) -> None:
-    """Writes the driver's tensor map. No CUDA context is needed.
+    """Writes the driver's tensor map; the calling thread has a CUDA context.
 
     Args:
         layout: what the tensor looks like.

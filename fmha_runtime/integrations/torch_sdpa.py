@@ -12,6 +12,7 @@ A kernel that exists but was not built, or is damaged, is an error: that is no r
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Registration:
         self._device = device
         self._library: Any = None
         self._refused: dict[Any, str] = {}
+        self._inside = threading.local()  # .own: torch's own kernel runs in this thread
 
     def activate(self) -> None:
         """``torch.nn.attention.activate_flash_attention_impl(name)``: from now on in this process.
@@ -100,12 +102,19 @@ class Registration:
         """The kernel that is put in place: ``run``, and where it has a reason not to, torch's own."""
 
         def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-            result = run(*args, **kwargs)
-            if isinstance(result, str):
-                self.passed_on[result] += 1
+            # torch's SDPA kernel calls the other operator: a call that was passed on stays passed on.
+            if getattr(self._inside, "own", False):
                 return own.call_boxed(keys, *args, **kwargs)
-            self.calls += 1
-            return result
+            result = run(*args, **kwargs)
+            if not isinstance(result, str):
+                self.calls += 1
+                return result
+            self.passed_on[result] += 1
+            self._inside.own = True
+            try:
+                return own.call_boxed(keys, *args, **kwargs)
+            finally:
+                self._inside.own = False
 
         return kernel
 
