@@ -85,7 +85,7 @@ def call(function: Callable[..., Any], arrays: dict[str, Any], stream: int | Non
     if foreign(out) and not getattr(getattr(out, "flags", None), "writeable", True):
         raise InputError(f"out is a {_kind(out)} that is marked as read-only: pass an array that may be written")
     others = [x for x in arrays.values() if foreign(x)]
-    with _on_stream(others, stream):
+    with on_stream(others, stream):
         views = {name: view(name, x) for name, x in arrays.items()}
         found = function(**views)
         results = found if isinstance(found, tuple) else (found,)
@@ -183,7 +183,7 @@ def _stream(handle: int) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _on_stream(arrays: Sequence[Any], stream: int | None) -> Iterator[None]:
+def on_stream(arrays: Sequence[Any], stream: int | None) -> Iterator[None]:
     """The GPU of the arrays and the stream of the call become torch's current ones: the protocols order by those."""
     import torch
 

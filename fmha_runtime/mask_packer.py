@@ -52,6 +52,9 @@ def packed(mask: Any, cu_seqlens_q: Any, stream: int | None = None) -> PackedMas
     """The mask of a call as kernels read it; anything but a PackedMask is packed now, on the stream of the call."""
     if mask is None or isinstance(mask, PackedMask):
         return mask
+    if stream is not None and interop.foreign(mask):
+        with interop.on_stream([mask], stream):
+            return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
     if stream is None or not getattr(mask, "is_cuda", False):
         return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
     import torch

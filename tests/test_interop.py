@@ -252,6 +252,11 @@ def test_cupy_with_an_explicit_stream(gpu):
         torch.cuda._sleep(50_000_000)
     out = fmha.attention(q, k, v, stream=side.cuda_stream)
     assert torch.equal(torch.from_dlpack(out.copy()), want)
+    mask = cupy.tri(200, 300, 100, dtype=bool)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+    out = fmha.attention(q, k, v, mask=mask, stream=side.cuda_stream)
+    assert torch.equal(torch.from_dlpack(out.copy()), fmha.attention(*gpu, mask=torch.from_dlpack(mask)))
 
 
 @pytest.mark.gpu
