@@ -91,6 +91,33 @@ def test_readers_hand_a_buffer_back_through_an_empty_barrier(order: Order) -> No
     assert re.search("race at shared memory|more arrivals than", text)
 
 
+@pytest.mark.parametrize("order", list(Order))
+def test_one_lane_hands_back_what_its_whole_warp_has_read(order: Order) -> None:
+    """That lane arrives at barriers and the others do not, so their clocks differ when all read one word."""
+    out = aligned(np.zeros((64, 4), np.uint32))
+    body = """const uint32_t full = smem + 992, empty = smem + 1008;  // two stages
+    if (t == 0) for (uint32_t s = 0; s < 2; ++s) { mbarrier_init(full + 8 * s, 1); mbarrier_init(empty + 8 * s, 1); }
+    sync_cta();
+    for (uint32_t i = 0; i < 8; ++i) {
+        const uint32_t stage = i & 1, parity = i >> 1 & 1;
+        if (t == 0) {
+            mbarrier_wait(empty + 8 * stage, parity ^ 1);
+            st_shared_v4(smem + 16 * stage, {{i, i, i, i}});
+            mbarrier_arrive(full + 8 * stage);
+        } else if (t >= 32) {
+            mbarrier_wait(full + 8 * stage, parity);
+            const Vec4 v = ld_shared_v4(smem + 16 * stage);
+            SYNC
+            if (i == 7) st_global_v4(out + t * 4, v);
+            if (t == 32) mbarrier_arrive(empty + 8 * stage);
+        }
+    }"""
+    run(body.replace("SYNC", "sync_warp();"), [], [out], threads=64, order=order)
+    assert (out[32:] == 7).all()
+    text = fault(body.replace("SYNC", ""), [], [out], threads=64, order=order)
+    expect(text, "race at shared memory offset", "read with no mbarrier")
+
+
 def test_a_fresh_mbarrier_lets_through_who_waits_for_the_phase_before() -> None:
     run(BAR_1 + "mbarrier_wait(bar, 1);")
 

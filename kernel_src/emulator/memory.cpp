@@ -163,6 +163,15 @@ static void add_read(Thread* thread, uint32_t offset, uint32_t lanes, int32_t cl
             if (thread->knows[w * 32 + static_cast<uint32_t>(lane)] >= reads.clock) reads.lanes &= ~(1u << lane);
         }
         if (reads.lanes == 0 || clock > reads.clock) reads.clock = clock;
+        // One number for all of them: nobody who is in the set may lag behind it, or what it publishes next (sync_warp,
+        // say) would seem to leave its read out.
+        for (uint32_t left = reads.lanes; left != 0; left &= left - 1) {
+            Thread* lane = thread->warp->lanes[__builtin_ctz(left)];
+            if (lane->clock() < reads.clock) {
+                lane->clock() = reads.clock;
+                thread->warp->stale = true;
+            }
+        }
         if (thread->clock() < reads.clock) {
             thread->clock() = reads.clock;
             thread->warp->stale = true;
