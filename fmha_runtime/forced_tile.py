@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from . import catalog
 from .catalog import Tile
@@ -16,8 +17,8 @@ _FORCED = re.compile(r"(\d+)x(\d+)(?: w(\d+))?(?: s(\d+))?(?: c(\d+))?( q)?")
 def parse(spec: KernelSpec, text: str) -> Tile:
     """The tile that a caller forces on a kernel: as ``Tile.parse`` reads it, or with words left out ("128x176").
 
-    Left-out words are those of the kernel's own tile, warps those that the rows need. Whether registers suffice shows
-    when it is built.
+    Left-out words are those of the kernel's own tile, warps those that the rows need, stages no more than fit shared
+    memory. Whether registers suffice shows when it is built.
 
     Raises:
         InputError: the text is not a tile, or no kernel of this family can have it.
@@ -39,6 +40,8 @@ def parse(spec: KernelSpec, text: str) -> Tile:
     )
     q = found[6] is not None or (own.q_in_regs and not whole)
     chosen = Tile.parse(f"{m}x{n} w{w} s{s} c{c}" + (" q" if q else ""))
+    while not found[4] and chosen.stages > 2 and not _fits(spec, chosen):
+        chosen = replace(chosen, stages=chosen.stages - 1)
     if hopper and (m % 64 or w != m // 16 + 4 or n > 256 or q):
         raise InputError(
             f"tile {chosen} does not fit {spec.name}: a Hopper kernel has 64 rows a consumer warpgroup and four "
@@ -48,3 +51,11 @@ def parse(spec: KernelSpec, text: str) -> Tile:
         raise InputError(f"tile {chosen} does not fit {spec.name}: each warp of an mma.sync kernel has whole m16 tiles")
     catalog.smem_bytes(spec, chosen)
     return chosen
+
+
+def _fits(spec: KernelSpec, tile: Tile) -> bool:
+    try:
+        catalog.smem_bytes(spec, tile)
+    except InputError:
+        return False
+    return True

@@ -266,14 +266,14 @@ class _Present:
             return f"built for ABI {row.abi}, this runtime speaks {self.abi}"
         if row.tile != tile:
             return f"built with tile {row.tile}, the catalogue says {tile}"
-        allowed = catalog.allowed_spill_bytes(row.spec)
-        if forced is None and row.spill_bytes > allowed:  # built as an experiment
-            return f"built with {row.spill_bytes} bytes of spills, the catalogue allows {allowed}"
         if row.source_hash != self.source_hash:
             was, now = row.source_hash[:12], self.source_hash[:12]
             return f"built from sources {was}, present ones are {now}"
         if row.flags != " ".join(sources.flags(row.spec.arch)):
             return "built with other compiler flags"
+        allowed = catalog.allowed_spill_bytes(row.spec)
+        if forced is None and row.spill_bytes > allowed:  # built as an experiment
+            return f"built with {row.spill_bytes} bytes of spills, the catalogue allows {allowed}"
         return ""
 
 

@@ -220,6 +220,7 @@ def for_tuning(chosen: Selection) -> Selection:
     Raises:
         DriverError: no arch is given and there is no GPU.
     """
+    chosen = replace(chosen, op=chosen.op or (Op.FWD,))
     if chosen.names:
         return chosen
     return replace(

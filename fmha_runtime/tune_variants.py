@@ -11,16 +11,23 @@ from collections.abc import Iterator
 from . import catalog
 from .catalog import Tile
 from .errors import InputError
-from .spec import Arch, KernelSpec, Mask
+from .spec import Arch, KernelSpec, Mask, Op
 
 _CONSUMER_ROOM = {2: 216, 3: 136, 4: 92}
 """Registers a thread of a Hopper consumer has for S, P and O (setmaxnreg 232, 160 and 112), and a little over."""
+_MOST_STAGES = 8
 _ADDRESSES = 44  # registers that are neither S nor P nor O nor Q
 _SM_KIB = {(8, 0): 164, (9, 0): 228}  # shared memory of an SM; elsewhere 100
 
 
 def variants(spec: KernelSpec) -> tuple[Tile, ...]:
-    """Tiles to try for a kernel, the catalogue's first."""
+    """Tiles to try for a kernel, the catalogue's first.
+
+    Raises:
+        InputError: it computes no attention.
+    """
+    if spec.op is not Op.FWD:
+        raise InputError(f"{spec.name} computes no attention: there is nothing to tune")
     found = _hopper(spec) if spec.arch is Arch.SM90A else _mma(spec)
     return tuple(dict.fromkeys((catalog.tile(spec), *found)))
 
@@ -33,10 +40,10 @@ def _hopper(spec: KernelSpec) -> Iterator[Tile]:
             return Tile(64 * consumers, n, 4 * consumers + 4, stages, 1)
 
         fits = [n for n in range(256, 31, -16) if n * 3 // 4 + spec.head_dim_v // 2 <= room and _fits(spec, tile(n))]
+        # Deeper rings hide more latency: three stages where they fit, and as many as fit.
         for n in _ladder(fits):
-            yield tile(n)
-        # A third stage hides more latency where it costs no width.
-        yield from (tile(n, 3) for n in fits[1:3] if _fits(spec, tile(n, 3)))
+            deepest = max(stages for stages in range(2, _MOST_STAGES + 1) if _fits(spec, tile(n, stages)))
+            yield from (tile(n, stages) for stages in sorted({min(3, deepest), deepest}))
 
 
 def _ladder(fits: list[int]) -> list[int]:

@@ -26,6 +26,7 @@ PROBLEM = Problem(Arch.SM90, DType.BF16, 128, 128)
         (HOPPER, "192x80", "192x80 w16 s2 c1"),
         (HOPPER, "128x64 s4", "128x64 w12 s4 c1"),
         (HOPPER, "128x64 w12 s3 c1", "128x64 w12 s3 c1"),
+        (HOPPER, "128x64 c1", "128x64 w12 s2 c1"),
         (MMA, "128x64", "128x64 w4 s2 c2 q"),
         (MMA, "128x64 w8 s3 c1", "128x64 w8 s3 c1"),
         (MMA, "32x32", "32x32 w2 s2 c2 q"),
@@ -58,6 +59,14 @@ def test_a_tile_that_cannot_be_is_refused(spec: KernelSpec, text: str, words: st
         forced_tile.parse(spec, text)
 
 
+def test_stages_that_are_left_out_are_no_more_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "tile", lambda spec: Tile.parse("128x64 w12 s4 c1"))
+    assert forced_tile.parse(HOPPER, "128x64").stages == 4
+    assert forced_tile.parse(HOPPER, "128x176").stages == 2
+    with pytest.raises(InputError, match="shared memory"):
+        forced_tile.parse(HOPPER, "128x176 s4")
+
+
 def test_a_target_can_be_forced() -> None:
     assert dispatch.choose(PROBLEM).spec == HOPPER
     choice = dispatch.choose(PROBLEM, "sm90")
@@ -80,7 +89,7 @@ def test_a_forced_target_needs_a_kernel() -> None:
 
 
 def test_explain_says_what_was_forced() -> None:
-    trace = api.explain(PROBLEM, tile="128x176")
+    trace = api.explain(PROBLEM, tile="128x176 s2")
     assert trace.forced == Tile.parse("128x176 w12 s2 c1")
     assert f"tile 128x176 w12 s2 c1 (forced; the catalogue says {catalog.tile(HOPPER)})" in str(trace)
     assert api.explain(PROBLEM).forced is None

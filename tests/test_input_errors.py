@@ -134,16 +134,6 @@ def test_a_failed_build_on_demand_shows_the_compilers_error(monkeypatch, tmp_pat
         launch.load(KernelSpec.parse("fmha_fwd_sm90_bf16_d128"), device="cuda:0")
 
 
-def test_another_tile_is_not_silently_the_built_one():
-    from fmha_runtime import launch
-    from fmha_runtime.catalog import Tile
-    from fmha_runtime.spec import KernelSpec
-
-    spec = KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
-    with pytest.raises(fmha.InputError, match="are built with 64x64 w4 s2 c2 q"):
-        launch.load(spec, device="cuda:0", tile=Tile.parse("128x32 w4 s2 c2"))
-
-
 def test_a_gpu_without_kernels_is_told_which_have_some(monkeypatch):
     from fmha_runtime import api
 

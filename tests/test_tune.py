@@ -44,9 +44,16 @@ def test_packed_kernels_have_two_stages() -> None:
     assert {tile.stages for tile in variants(spec)} == {2}
 
 
+def test_what_computes_no_attention_is_not_tuned() -> None:
+    packer = next(spec for spec in catalog.enumerate_specs(Arch.SM90) if spec.op is Op.PACK)
+    with pytest.raises(InputError, match="nothing to tune"):
+        variants(packer)
+    assert fmha("--dry-run", packer.name).exit_code == 2
+
+
 def test_candidates_can_be_named() -> None:
     own = catalog.tile(HOPPER)
-    assert [str(t) for t in tune.candidates(HOPPER, ["128x176", str(own)])] == [str(own), "128x176 w12 s2 c1"]
+    assert [str(t) for t in tune.candidates(HOPPER, ["128x176 s2", str(own)])] == [str(own), "128x176 w12 s2 c1"]
     with pytest.raises(InputError, match="not understood"):
         tune.candidates(HOPPER, ["wide"])
 
