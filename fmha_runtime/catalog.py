@@ -108,6 +108,14 @@ _HOPPER_SOFTCAP_TILES: dict[tuple[int, int], str] = {
     (64, 64): "192x112 w16 s3 c1",
 }
 
+# Where packed masks and pages want another cut, chosen by "no spills" and not timed yet. The first of "packed", "softcap
+# paged" or "alibi paged", "paged" with an entry decides. A copy from a page brings as many rows as the largest power of
+# two that divides block_n, or a page.
+_HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
+    ((256, 256), "packed"): "128x64 w12 s2 c1",
+    ((256, 256), "paged"): "128x64 w12 s2 c1",
+}
+
 # Where a feature needs registers that the plain cut does not leave, another cut; chosen by "no spills", not timed yet.
 # Columns as above, None: the plain one. The first word of packed, softcap, alibi, paged with an entry decides.
 _FEATURE_TILES: dict[tuple[tuple[int, int], str], tuple[str | None, str | None, str | None]] = {
@@ -153,10 +161,8 @@ _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
 )
 """Masks, scores and KV layouts that are built for every head dim."""
 
-_HOPPER_FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
-    (Mask.BAND, score, KvLayout.CONTIGUOUS) for score in Score
-)
-"""Those of Hopper's own kernels; the others run on the mma.sync kernels compiled for sm90."""
+_HOPPER_FEATURES = _FEATURES
+"""Those of Hopper's own kernels; where there is no such row, the mma.sync kernels compiled for sm90 serve."""
 
 
 def _features(arch: Arch) -> tuple[tuple[Mask, Score, KvLayout], ...]:
@@ -238,13 +244,20 @@ def tile(spec: KernelSpec) -> Tile:
         text = _PACK_TILE
     elif spec.arch is not Arch.SM90A:
         text = _mma_tile(spec)
-    elif spec.score is Score.SOFTCAP and dims in _HOPPER_SOFTCAP_TILES:
-        text = _HOPPER_SOFTCAP_TILES[dims]
-    else:
-        text = _HOPPER_TILES[dims]
+    elif (text := _hopper_feature_tile(spec)) == "":
+        softcap = spec.score is Score.SOFTCAP and dims in _HOPPER_SOFTCAP_TILES
+        text = (_HOPPER_SOFTCAP_TILES if softcap else _HOPPER_TILES)[dims]
     chosen = Tile.parse(text)
     smem_bytes(spec, chosen)
     return chosen
+
+
+def _hopper_feature_tile(spec: KernelSpec) -> str:
+    """The cut that a packed mask or pages ask for; empty: none of their own."""
+    dims = (spec.head_dim, spec.head_dim_v)
+    words = [spec.mask.value, f"{spec.score.value} {spec.kv.value}", spec.kv.value]
+    own = (_HOPPER_FEATURE_TILES[dims, word] for word in words if (dims, word) in _HOPPER_FEATURE_TILES)
+    return next(own, "")
 
 
 def _mma_tile(spec: KernelSpec) -> str:

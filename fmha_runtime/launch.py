@@ -230,7 +230,10 @@ class Plan:
         if not self._emulated:
             driver.ensure_context(self._device)  # the driver encodes in a context; a new thread has none
         replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
-        rows = (64, self.tile.block_n, self.tile.block_n)  # Q: a consumer's
+        keys = self.tile.block_n
+        if self.shape.page_size is not None:  # what no page boundary cuts: piece_bits of paged_sm90.cuh
+            keys = min(self.shape.page_size, keys & -keys)
+        rows = (64, keys, keys)  # Q: a consumer's
         slots = (block.q_map, block.k_map, block.v_map)
         for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
             layout = tensor_map.layout(tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle)

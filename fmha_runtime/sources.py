@@ -70,6 +70,10 @@ def _sm90_traits(spec: KernelSpec, tile: Tile) -> str:
         _ELEMENT[spec.dtype], spec.head_dim, spec.head_dim_v, f"fmha::Score::k{spec.score.value.capitalize()}",
         tile.block_n, tile.block_m // 64, tile.stages,
     ]  # fmt: skip
+    features = [spec.mask is Mask.PACKED, spec.kv is KvLayout.PAGED]
+    while features and not features[-1]:
+        features.pop()
+    words += [str(x).lower() for x in features]
     return f"FwdSm90Traits<{', '.join(map(str, words))}>"
 
 

@@ -13,6 +13,8 @@
 
 #include "epilogue.cuh"
 #include "lazy_softmax.cuh"
+#include "packed_sm90.cuh"
+#include "paged_sm90.cuh"
 #include "params_sm90.h"
 #include "scheduler.cuh"
 #include "score.cuh"
@@ -39,7 +41,6 @@ struct Work {
 
     // Varlen grids are cut for the longest sequence.
     FMHA_DEVICE bool exists() const { return row_begin < seq.q_len; }
-    FMHA_DEVICE bool has_keys() const { return range.begin < range.end; }
 };
 
 // What the producer tells a consumer of a query tile, so that nobody else divides by heads or reads lengths.
@@ -50,7 +51,7 @@ struct Assignment {
     int q_row;  // first row of the sequence in Q and O
     int q_len;
     int k_len;
-    int n_begin;  // KV tiles that are loaded for this query tile
+    int n_begin;  // KV tiles that are loaded for this query tile, but for those that a packed mask leaves out
     int n_end;
 
     // SeqlenInfo reads tables; the producer has read them.
@@ -177,16 +178,21 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
     FMHA_UNROLL_1
     for (TileQueue queue(params); !queue.done(); queue.advance()) {
         const Work<Traits> work(p, queue.index);
-        if (!work.exists() || !work.has_keys()) {
+        const int n_begin = work.range.begin;
+        const TileWalk<Traits, Traits::kConsumers> walk(p, work.seq, work.tile.batch, work.tile.head, work.row_begin,
+                                                        n_begin);
+        const int first = walk.left_of(work.range.end);
+        const bool has_keys = first >= n_begin;
+        if (!work.exists() || !has_keys) {
             queue.draw(lane);
         }
         if (!work.exists()) {
             continue;
         }
-        const Assignment assignment{work.row_begin, work.tile.head, work.tile.batch,  static_cast<int>(work.seq.q_row),
-                                    work.seq.q_len, work.seq.k_len, work.range.begin, work.range.end};
+        const Assignment assignment{work.row_begin, work.tile.head, work.tile.batch, static_cast<int>(work.seq.q_row),
+                                    work.seq.q_len, work.seq.k_len, n_begin,         first + 1};
         // Where Q has one stage, the first K goes before it: Q has to wait for the tile before.
-        const bool assign_first = Traits::kQStages > 1 || !work.has_keys();
+        const bool assign_first = Traits::kQStages > 1 || !has_keys;
         if (assign_first && lane == 0) {
             assign(assignment);
         }
@@ -194,28 +200,34 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const int k_batch = p.cu_seqlens_k != nullptr ? 0 : work.tile.batch;
         // Past the end of a tensor the copy engine fills in zeros; past the end of a sequence there is somebody else.
         const bool ragged = p.cu_seqlens_k != nullptr || p.seqused_k != nullptr;
+        const auto load_kv = [&](uint32_t to, int groups, const TensorMap* map, uint32_t bar, int row) {
+            if constexpr (Traits::kPaged) {
+                load_pages<Traits>(p, to, groups, map, bar, row, work.seq.k_len, kv_head, work.tile.batch);
+            } else {
+                load_groups(to, Traits::kKvGroupBytes, groups, map, bar, row, kv_head, k_batch);
+            }
+        };
 
-        for (int n_block = work.range.end - 1; n_block >= work.range.begin; --n_block) {
+        for (int n_block = first, after; n_block >= n_begin; n_block = after) {
+            after = walk.left_of(n_block);
             const int row = static_cast<int>(work.seq.k_row) + n_block * Traits::kBlockN;
             const int valid_rows = work.seq.k_len - n_block * Traits::kBlockN;
             const bool dirty = ragged && valid_rows < Traits::kBlockN;
             const uint32_t v_tile = smem.v(ring.stage);
-            if (n_block == work.range.begin) {
+            if (after < n_begin) {
                 queue.draw(lane);
             }
             if (lane == 0) {
                 mbarrier_wait(smem.k_empty(ring.stage), ring.parity ^ 1);
                 mbarrier_arrive_expect(smem.k_full(ring.stage), Traits::kKBytes);
-                load_groups(smem.k(ring.stage), Traits::kKvGroupBytes, Traits::kQkGroups, &maps.k_map,
-                            smem.k_full(ring.stage), row, kv_head, k_batch);
-                if (!assign_first && n_block == work.range.end - 1) {
+                load_kv(smem.k(ring.stage), Traits::kQkGroups, &maps.k_map, smem.k_full(ring.stage), row);
+                if (!assign_first && n_block == first) {
                     assign(assignment);
                 }
                 const uint32_t v_full = dirty ? smem.v_landed() : smem.v_full(ring.stage);
                 mbarrier_wait(smem.v_empty(ring.stage), ring.parity ^ 1);
                 mbarrier_arrive_expect(v_full, Traits::kVBytes);
-                load_groups(v_tile, Traits::kKvGroupBytes, Traits::kVGroups, &maps.v_map, v_full, row, kv_head,
-                            k_batch);
+                load_kv(v_tile, Traits::kVGroups, &maps.v_map, v_full, row);
             }
             if (dirty) {  // 0 * NaN is NaN: rows past the length are zeroed before anyone multiplies
                 sync_warp();
@@ -335,8 +347,16 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const int warp_row = row_begin + warp * 16;
         KvRange range(band, row_begin, row_begin + 64 < seq.q_len ? row_begin + 64 : seq.q_len, Traits::kBlockN);
         const bool idle = row_begin >= seq.q_len || range.begin >= range.end;
-        range.begin = idle ? work.n_begin : range.begin;
-        range.end = idle ? work.n_begin : range.end;
+        // The tiles that are loaded, and among them those with a bit for these rows (packed masks; else all alike).
+        const TileWalk<Traits, Traits::kConsumers> walk(p, seq, work.batch, work.head, work.row_begin, work.n_begin);
+        const TileWalk<Traits, 1> own(p, seq, work.batch, work.head, row_begin, range.begin);
+        SeenBlocks word, own_word;
+        if constexpr (Traits::kPacked) {
+            range.end = idle ? 0 : own.left_of(range.end, own_word) + 1;
+        }
+        const bool nothing = idle || range.begin >= range.end;
+        range.begin = nothing ? work.n_begin : range.begin;
+        range.end = nothing ? work.n_begin : range.end;
         const ScoreMod<Traits::kScore> score(p, work.batch, work.head, band.diagonal);
         LazySoftmax softmax;
         if (p.sinks != nullptr) {
@@ -349,7 +369,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
 
         int n_block = work.n_end - 1;
         FMHA_UNROLL_1
-        for (; n_block >= range.end; --n_block) {
+        for (; n_block >= range.end; n_block = walk.left_of(n_block, word)) {
             pass_over();
         }
         if (range.begin < range.end) {
@@ -357,11 +377,25 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             const int full_begin = range.full_begin > begin ? range.full_begin : begin;
             const int full_end = range.full_end > begin ? range.full_end : begin;
             float shrink[1][2];
+            MaskRows<Traits> mask;
+            int after = begin - 1;  // packed masks: the next tile that is loaded,
+            bool more = false;      // and whether one of those to come has a bit
+            // While the first product of a tile runs: its mask, and where to go from it.
+            const auto look_ahead = [&] {
+                if constexpr (Traits::kPacked) {
+                    mask.load(own, n_block, warp * 32 + lane);
+                    after = walk.left_of(n_block, word);
+                    more = own.left_of(n_block, own_word) >= begin;
+                }
+            };
 
             // S of one tile becomes P, still in S's registers.
             const auto softmax_step = [&](auto masked) {
                 constexpr bool kMasked = decltype(masked)::value;
                 score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
+                if constexpr (Traits::kPacked) {
+                    mask.apply(s, n_block);
+                }
                 if constexpr (kMasked) {
                     apply_band_sides(s, band, n_block >= range.full_end, n_block < range.full_begin, warp_row,
                                      n_block * Traits::kBlockN, lane);
@@ -370,7 +404,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             };
             const auto release_qk = [&](int stage) {
                 release(smem.k_empty(stage));
-                if (n_block == begin) {
+                if (Traits::kPacked ? !more : n_block == begin) {
                     release(smem.q_empty(q_ring.stage, consumer));
                 }
             };
@@ -382,16 +416,17 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             wgmma_fence();
             issue_qk(ring.stage);
             pass_turn();
+            look_ahead();
             wgmma_wait<0>();
             pin(s_flat);
             release_qk(ring.stage);
-            if (range.needs_mask(n_block)) {
+            if (Traits::kPacked || range.needs_mask(n_block)) {
                 softmax_step(Bool<true>{});
             } else {
                 softmax_step(Bool<false>{});
             }
             pack_probs();
-            --n_block;
+            n_block = Traits::kPacked ? after : n_block - 1;
 
             const auto step = [&](auto masked) {
                 const RingPosition<Traits::kStages> previous = ring;
@@ -404,6 +439,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 mbarrier_wait(smem.v_full(previous.stage), previous.parity);
                 issue_pv(previous.stage);
                 pass_turn();
+                look_ahead();
                 wgmma_wait<1>();
                 pin(s_flat);
                 release_qk(ring.stage);
@@ -416,17 +452,24 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 }
                 pack_probs();
             };
-            FMHA_UNROLL_1
-            for (; n_block >= full_end; --n_block) {
-                step(Bool<true>{});
-            }
-            FMHA_UNROLL_1
-            for (; n_block >= full_begin; --n_block) {
-                step(Bool<false>{});
-            }
-            FMHA_UNROLL_1
-            for (; n_block >= begin; --n_block) {
-                step(Bool<true>{});
+            if constexpr (Traits::kPacked) {
+                FMHA_UNROLL_1
+                for (; more; n_block = after) {
+                    step(Bool<true>{});
+                }
+            } else {
+                FMHA_UNROLL_1
+                for (; n_block >= full_end; --n_block) {
+                    step(Bool<true>{});
+                }
+                FMHA_UNROLL_1
+                for (; n_block >= full_begin; --n_block) {
+                    step(Bool<false>{});
+                }
+                FMHA_UNROLL_1
+                for (; n_block >= begin; --n_block) {
+                    step(Bool<true>{});
+                }
             }
 
             mbarrier_wait(smem.v_full(ring.stage), ring.parity);
@@ -441,7 +484,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             release(smem.q_empty(q_ring.stage, consumer));
         }
         FMHA_UNROLL_1
-        for (; n_block >= work.n_begin; --n_block) {
+        for (; n_block >= work.n_begin; n_block = walk.left_of(n_block, word)) {
             pass_over();
         }
 

@@ -7,7 +7,8 @@
 
 namespace fmha {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, Score kScore_, int kBlockN_, int kConsumers_, int kStages_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, Score kScore_, int kBlockN_, int kConsumers_, int kStages_,
+          bool kPacked_ = false, bool kPaged_ = false>
 struct FwdSm90Traits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_;
@@ -16,6 +17,8 @@ struct FwdSm90Traits {
     static constexpr int kBlockN = kBlockN_;        // keys of one step
     static constexpr int kConsumers = kConsumers_;  // warpgroups that multiply, 64 query rows each
     static constexpr int kStages = kStages_;        // K and V tiles in shared memory
+    static constexpr bool kPacked = kPacked_;       // a mask of bits on top of the band
+    static constexpr bool kPaged = kPaged_;         // K and V lie in pages
 
     static constexpr int kBlockM = 64 * kConsumers;
     static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -43,8 +46,16 @@ struct FwdSm90Traits {
 
     // setmaxnreg: what the launch gives every warp is shared out between a producer that only issues copies and
     // consumers that hold S, P and O.
-    static constexpr int kProducerRegs = kConsumers == 2 ? 40 : 32;
-    static constexpr int kConsumerRegs = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
+    // A producer with more to do than to count tiles gets more where S, P and O leave them.
+    static constexpr int kAccumulatorRegs = kHeadDimV / 2 + kBlockN / 2 + kBlockN / 4;
+    static constexpr bool kMoreToProducer = kConsumers == 2   ? kPaged && kAccumulatorRegs < 176
+                                            : kConsumers == 3 ? (kPacked || kPaged) && kAccumulatorRegs < 128
+                                                              : false;
+    static constexpr int kProducerRegs = kMoreToProducer ? 56 : kConsumers == 2 ? 40 : 32;
+    static constexpr int kConsumerRegs = (kConsumers == 2   ? 232
+                                          : kConsumers == 3 ? 160
+                                                            : 112) -
+                                         (kMoreToProducer ? 8 : 0);
 
     static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
                   "head dims are multiples of 8: wgmma's N and a 16-byte chunk");
