@@ -48,7 +48,7 @@ struct FwdSm90Traits {
     // consumers that hold S, P and O.
     // A producer with more to do than to count tiles gets more where S, P and O leave them.
     static constexpr int kAccumulatorRegs = kHeadDimV / 2 + kBlockN / 2 + kBlockN / 4;
-    static constexpr bool kMoreToProducer = kConsumers == 2   ? kPaged && kAccumulatorRegs < 176
+    static constexpr bool kMoreToProducer = kConsumers == 2   ? (kPacked || kPaged) && kAccumulatorRegs <= 176
                                             : kConsumers == 3 ? (kPacked || kPaged) && kAccumulatorRegs < 128
                                                               : false;
     static constexpr int kProducerRegs = kMoreToProducer ? 56 : kConsumers == 2 ? 40 : 32;
