@@ -108,11 +108,30 @@ _HOPPER_SOFTCAP_TILES: dict[tuple[int, int], str] = {
     (64, 64): "192x112 w16 s3 c1",
 }
 
-# Where packed masks and pages want another cut, chosen by "no spills" and not timed yet. The first of "packed", "softcap
-# paged" or "alibi paged", "paged" with an entry decides. A copy from a page brings as many rows as the largest power of
-# two that divides block_n, or a page.
+# Where packed masks and pages want another cut, chosen by "no spills" and not timed yet. The first of "packed",
+# "softcap paged", "paged" with an entry decides. A copy from a page brings as many rows as the largest power of two
+# that divides block_n, or a page.
 _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
+    ((32, 32), "packed"): "256x80 w20 s8 c1",
+    ((40, 40), "packed"): "256x64 w20 s6 c1",
+    ((48, 48), "packed"): "256x64 w20 s6 c1",
+    ((192, 192), "packed"): "128x96 w12 s2 c1",
     ((256, 256), "packed"): "128x64 w12 s2 c1",
+    ((32, 32), "softcap paged"): "192x96 w16 s3 c1",
+    ((40, 40), "softcap paged"): "192x96 w16 s3 c1",
+    ((48, 48), "softcap paged"): "192x96 w16 s3 c1",
+    ((72, 72), "softcap paged"): "192x64 w16 s3 c1",
+    ((80, 80), "softcap paged"): "192x64 w16 s3 c1",
+    ((96, 96), "softcap paged"): "192x64 w16 s3 c1",
+    ((104, 104), "softcap paged"): "192x64 w16 s3 c1",
+    ((32, 32), "paged"): "256x64 w20 s8 c1",
+    ((40, 40), "paged"): "256x64 w20 s6 c1",
+    ((48, 48), "paged"): "256x64 w20 s6 c1",
+    ((64, 64), "paged"): "192x96 w16 s3 c1",
+    ((72, 72), "paged"): "192x96 w16 s3 c1",
+    ((80, 80), "paged"): "192x96 w16 s3 c1",
+    ((160, 160), "paged"): "128x96 w12 s2 c1",
+    ((192, 192), "paged"): "128x96 w12 s2 c1",
     ((256, 256), "paged"): "128x64 w12 s2 c1",
 }
 
@@ -185,6 +204,7 @@ _ALLOWED_SPILLS: dict[str, tuple[int, str]] = (
         for dtype in ("fp16", "bf16")
         for d in (32, 40, 64)
     }
+    | {f"fmha_fwd_sm90a_{dtype}_d64_packed": (64, "in the producer's set-up of a tile") for dtype in ("fp16", "bf16")}
     | {
         f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
         for dtype in ("fp16", "bf16")

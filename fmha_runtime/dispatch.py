@@ -167,8 +167,9 @@ def _walk(problem: Problem) -> tuple[KernelSpec | None, tuple[tuple[KernelSpec, 
         assert chosen is not None
         why = f"computes the same; {chosen.arch.value} kernels are faster on this GPU"
         rejected.append((spec, [why]))
+    alike = set(accepted)
     # What nearly fitted is worth reading; the hundreds of others are not.
-    rejected.sort(key=lambda item: (len(item[1]), _distance(item[0], problem), item[0].name))
+    rejected.sort(key=lambda item: (item[0] not in alike, len(item[1]), _distance(item[0], problem), item[0].name))
     return chosen, tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])
 
 

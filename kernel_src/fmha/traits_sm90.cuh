@@ -46,16 +46,13 @@ struct FwdSm90Traits {
 
     // setmaxnreg: what the launch gives every warp is shared out between a producer that only issues copies and
     // consumers that hold S, P and O.
-    // A producer with more to do than to count tiles gets more where S, P and O leave them.
+    // A producer with more to do than to count tiles gets more where S, P and O leave it.
     static constexpr int kAccumulatorRegs = kHeadDimV / 2 + kBlockN / 2 + kBlockN / 4;
-    static constexpr bool kMoreToProducer = kConsumers == 2   ? (kPacked || kPaged) && kAccumulatorRegs <= 176
-                                            : kConsumers == 3 ? (kPacked || kPaged) && kAccumulatorRegs < 128
-                                                              : false;
+    static constexpr int kRoomyRegs = kConsumers == 2 ? 176 : kConsumers == 3 ? 124 : 76;
+    static constexpr bool kMoreToProducer = (kPacked || kPaged) && kAccumulatorRegs <= kRoomyRegs;
     static constexpr int kProducerRegs = kMoreToProducer ? 56 : kConsumers == 2 ? 40 : 32;
-    static constexpr int kConsumerRegs = (kConsumers == 2   ? 232
-                                          : kConsumers == 3 ? 160
-                                                            : 112) -
-                                         (kMoreToProducer ? 8 : 0);
+    static constexpr int kPlainConsumerRegs = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
+    static constexpr int kConsumerRegs = kPlainConsumerRegs - (kMoreToProducer ? 8 : 0);
 
     static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
                   "head dims are multiples of 8: wgmma's N and a 16-byte chunk");
