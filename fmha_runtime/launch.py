@@ -221,9 +221,12 @@ class Plan:
             self._queued, self._block.queue = False, None
 
     def _encode_maps(self, block: FwdTmaParams, operands: tuple[torch.Tensor, ...]) -> None:
-        """Tensor maps of q, k and v; left out where there is nothing to load."""
-        if any(0 in t.shape for t in operands):
+        """Tensor maps of q, k and v. Where there are no keys, nothing is loaded, but the kernel still prefetches its
+        maps: those of q stand in, and no launch touches them again."""
+        if 0 in operands[0].shape:
             return
+        empty = any(0 in t.shape for t in operands)
+        operands = operands[:1] * 3 if empty else operands
         columns = 32 if self.shape.head_dim <= 32 else 64  # FwdSm90Traits::kGroupColumns
         swizzle = tensor_map.Swizzle.B64 if columns == 32 else tensor_map.Swizzle.B128
         encode = tensor_map.encode_emulated if self._emulated else tensor_map.encode
@@ -238,6 +241,8 @@ class Plan:
         for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
             layout = tensor_map.layout(tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle)
             encode(layout, tensor.data_ptr(), ctypes.addressof(slot))
+        if empty:
+            return
         self._maps = tuple(ctypes.addressof(slot) for slot in slots)
         words = [tensor_map.address_word(slot, replace) for slot in self._maps]
         found = tuple(word for word in words if word is not None)

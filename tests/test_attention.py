@@ -207,3 +207,11 @@ def test_gradients_are_refused_not_detached():
         fmha.attention(q, k, v, device="emulator")
     with torch.no_grad():
         fmha.attention(q, k, v, device="emulator")
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_no_keys_at_all(arch):
+    q = torch.randn(1, 5, 2, 64).bfloat16()
+    k = torch.empty(1, 0, 2, 64).bfloat16()
+    out, lse = fmha.attention(q, k, k, return_lse=True, device=f"emulator:{arch}")
+    assert (out == 0).all() and (lse == -torch.inf).all()

@@ -187,10 +187,21 @@ MUTANTS = {
         r"after = walk\.left_of\(n_block, word\);", "after = n_block - 1;", "deadlock", "fwd_sm90.cuh"
     ),
     "a word's summary is of the first row block only": mutant(
-        r"i < Traits::kConsumers; \+\+i\) \{\s*seen", "i < 1; ++i) { seen", ""
+        r"i < kRowBlocks; \+\+i\) \{\s*seen", "i < 1; ++i) { seen", "deadlock"
     ),
     "the walk ends with its first word": mutant(r"block = block / 32 \* 32 - 1;", "block = -1;", ""),
-    "consumers read the words of the first": mutant(r"walk\.row_block \+ consumer", "walk.row_block", ""),
+    "consumers read the words of the first": mutant(
+        r"own\(p, seq, work\.batch, work\.head, row_begin,",
+        "own(p, seq, work.batch, work.head, work.row_begin,",
+        "",
+        "fwd_sm90.cuh",
+    ),
+    "a consumer is done too early": mutant(
+        r"more = own\.left_of\(n_block, own_word\) >= begin;", "more = false;", "", "fwd_sm90.cuh"
+    ),
+    "a consumer starts where another does": mutant(
+        r"own\.left_of\(range\.end, own_word\) \+ 1;", "range.begin + 1;", "deadlock|byte offset", "fwd_sm90.cuh"
+    ),
     "the second word is not there": mutant(r"i \+ 1 < kWords \? words\[i \+ 1\] : 0", "words[kWords] * 0", ""),
     "tiles begin where blocks do": mutant(r"Traits::kBlockN % 64 / 2\)", "Traits::kBlockN % 64 * 0)", ""),
     "words beyond the columns are read": mutant(
