@@ -183,7 +183,8 @@ class Plan:
         p.window_left, p.window_right = opts.window_left, opts.window_right
         p.m_blocks = -(-shape.seqlen_q // tile.block_m)
         p.section_heads = self._section()
-        p.longest_first = int(opts.window_right != UNLIMITED)
+        # Masks as bits are mostly causal ones with exceptions (trees, prefixes): later rows see more.
+        p.longest_first = int(opts.window_right != UNLIMITED or extras.mask is not None)
         p.attention_chunk = opts.attention_chunk
         p.chunk_multiplier, p.chunk_shift = chunk_reciprocal(opts.attention_chunk)
         p.scale = opts.scale if opts.scale is not None else shape.head_dim**-0.5

@@ -383,9 +383,12 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             // While the first product of a tile runs: its mask, and where to go from it.
             const auto look_ahead = [&] {
                 if constexpr (Traits::kPacked) {
-                    mask.load(own, n_block, warp * 32 + lane);
+                    mask.step();
                     after = walk.left_of(n_block, word);
                     more = own.left_of(n_block, own_word) >= begin;
+                    if (more) {
+                        mask.load(own, after, warp * 32 + lane);
+                    }
                 }
             };
 
@@ -410,6 +413,9 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             };
 
             // First tile: nothing to multiply with V yet.
+            if constexpr (Traits::kPacked) {
+                mask.load(own, n_block, warp * 32 + lane);
+            }
             mbarrier_wait(smem.k_full(ring.stage), ring.parity);
             wait_for_turn();
             pin(s_flat);

@@ -101,8 +101,10 @@ struct MaskRows<Traits, true> {
     static constexpr int kChunks = (Traits::kBlockN + 63) / 64;  // of 64 columns, the last one maybe less
 
     uint32_t words[kWords];
+    uint32_t coming[kWords];  // of the next tile: on their way for a whole step, because they come from far
 
-    // Asks for the words of a tile; what needs them comes later. `rows` are those of the warpgroup.
+    // Asks for the words of a tile, which become those of the present one with the next call of step(). `rows` are
+    // those of the warpgroup.
     FMHA_DEVICE void load(const TileWalk<Traits, 1>& rows, int n_block, int thread) {
         const int block = n_block * Traits::kBlockN / 64;
         const int cols = rows.p.mask_col_blocks;
@@ -111,7 +113,14 @@ struct MaskRows<Traits, true> {
         const int there = 0 < rows.row_blocks ? cols - block : 0;  // below and right of the mask is nothing
         FMHA_UNROLL
         for (int i = 0; i < kWords; ++i) {
-            words[i] = i < there ? PackedMask::load(from + i * 128) : 0;
+            coming[i] = i < there ? PackedMask::load(from + i * 128) : 0;
+        }
+    }
+
+    FMHA_DEVICE void step() {
+        FMHA_UNROLL
+        for (int i = 0; i < kWords; ++i) {
+            words[i] = coming[i];
         }
     }
 
