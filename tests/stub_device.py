@@ -40,10 +40,12 @@ class StubDevice:
         refusals: errors that the next launches raise.
         current: the current device, as torch would say.
         bound: devices that were made a thread's own.
+        contexts: devices for which a context was asked before anything was encoded.
     """
 
     def __init__(self, monkeypatch, arch=Arch.SM90):
-        self.launches, self.refusals, self.current, self.bound, self.arch = [], [], 0, [], arch
+        self.launches, self.refusals, self.current, self.arch = [], [], 0, arch
+        self.bound, self.contexts = [], []
         guards = torch._C._dynamo.guards
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.current, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM + device, raising=False)
@@ -52,6 +54,7 @@ class StubDevice:
         monkeypatch.setattr(driver, "sm_count", lambda index: 132)
         monkeypatch.setattr(driver, "l2_bytes", lambda index: 50 << 20)
         monkeypatch.setattr(driver, "bind", self.bound.append)
+        monkeypatch.setattr(driver, "ensure_context", self.contexts.append)
         monkeypatch.setattr(driver, "queue_word", lambda device, stream: QUEUE + 4 * stream)
         monkeypatch.setattr(tensor_map, "encode", tensor_map.encode_emulated)
         monkeypatch.setattr(tensor_map, "replace_address", tensor_map.replace_address_emulated)

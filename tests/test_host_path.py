@@ -149,6 +149,13 @@ def test_a_thread_without_a_context_gets_one(stub):
         fmha.attention(q, k, v)
 
 
+def test_maps_are_encoded_in_a_context_which_warm_calls_do_not_ask_for(stub):
+    q, k, v = qkv()
+    for _ in range(3):
+        fmha.attention(q, k, v)
+    assert stub.contexts == [0]
+
+
 def test_an_explicit_stream_is_taken(stub):
     q, k, v = qkv()
     fmha.attention(q, k, v, stream=7)

@@ -152,6 +152,24 @@ def test_a_refusal_is_remembered_for_the_same_question_only(active, monkeypatch)
     assert len(tried) == 3 and active.calls == 1
 
 
+def test_a_call_that_was_passed_on_stays_passed_on(active, own, monkeypatch):
+    """torch's own SDPA kernel calls the other operator, which is replaced as well."""
+
+    theirs = own["aten::_scaled_dot_product_flash_attention"]
+    plain = theirs.call_boxed
+
+    def nested(keys, q, k, v, *args, **kwargs):
+        aten._flash_attention_forward(q, k, v, None, None, 40, 40, 0.0, False, False)
+        return plain(keys, q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(theirs, "call_boxed", nested)
+    flash(*qkv(), 0.1)
+    assert len(own["aten::_flash_attention_forward"].got) == 1
+    assert active.calls == 0 and active.passed_on == {"dropout": 1}
+    flash(*qkv())
+    assert active.calls == 1
+
+
 def test_a_kernel_that_was_not_built_is_an_error(active, monkeypatch):
     def missing(*args, **kwargs):
         raise fmha.KernelNotBuilt("fmha build it", name="it", command="fmha build it")
