@@ -34,6 +34,7 @@ SHORT_FLOPS = 3e11
 """Cells below this (about 1 ms) take SHORT_REPS: they are cheap, and noisier."""
 MIN_REPS = 10
 FLUSH_BYTES = 256 << 20
+HEAD_START_CYCLES = 400_000  # 0.2 ms: ten times what a launch takes the host
 AGREEMENT = 1e-2
 """Largest relative L2 distance between our output and a peer's; two right ones are 3e-3 apart."""
 HOST_CASE = "b1_s128_h8_d128"
@@ -53,7 +54,8 @@ class Timer(Protocol):
 
 
 class CudaTimer:
-    """CUDA events around a single run, after a write that empties the L2."""
+    """CUDA events around a single run, after a write that empties the L2 and a pause in which the host gets ahead: an
+    event waits for nobody, so a host that is late with its launch would be timed too."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -64,6 +66,7 @@ class CudaTimer:
     def begin(self, call: Call) -> tuple[Any, Any]:
         start, stop = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        self._torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         call()
         stop.record()

@@ -106,6 +106,10 @@ _HOPPER_TILES: dict[tuple[int, int], str] = {
 _HOPPER_SOFTCAP_TILES: dict[tuple[int, int], str] = {
     (48, 48): "256x64 w20 s6 c1",
     (64, 64): "192x112 w16 s3 c1",
+    (72, 72): "192x112 w16 s2 c1",
+    (80, 80): "192x112 w16 s2 c1",
+    (96, 96): "192x80 w16 s3 c1",
+    (104, 104): "192x80 w16 s3 c1",
 }
 
 # Where packed masks and pages want another cut, chosen by "no spills" and not timed yet. The first of "packed",

@@ -196,14 +196,22 @@ def _driver_version() -> str:
 class Kernel:
     """A loaded kernel on one device. ``launch`` takes a by-value parameter struct by address."""
 
-    __slots__ = ("_function", "_launch", "device", "library", "name")
+    __slots__ = ("_function", "_launch", "device", "library", "name", "smem")
 
-    def __init__(self, name: str, device: int, library: Any, function: Any) -> None:
+    def __init__(self, name: str, device: int, library: Any, function: Any, smem: int) -> None:
         self.name = name
+        self.smem = smem
         self.device = device
         self.library = library
         self._function = function
         self._launch = _api().cuLaunchKernel
+
+    def allow(self, smem: int) -> None:
+        """Lets launches ask for this many bytes of dynamic shared memory, if it is more than before."""
+        if smem > self.smem:
+            attribute = _api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _call("cuFuncSetAttribute", self._function, attribute, smem)
+            self.smem = smem
 
     def launch(
         self,
@@ -256,11 +264,12 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
     """
     key = (name, device, hashlib.sha256(image).digest())
     found = _kernels.get(key)
-    if found is not None:
+    if found is not None and smem <= found.smem:
         return found
     with _lock, _current(device):
         found = _kernels.get(key)
-        if found is not None:  # another thread was here first
+        if found is not None:  # another thread was here first, or it was loaded for launches with less shared memory
+            found.allow(smem)
             return found
         if stream_is_capturing(stream):
             raise DriverError(
@@ -287,7 +296,7 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
         function = _call("cuKernelGetFunction", kernel)
         if device not in _queues:
             _queues[device] = _allocate_queue_words()
-        return _kernels.setdefault(key, Kernel(name, device, library, function))
+        return _kernels.setdefault(key, Kernel(name, device, library, function, smem))
 
 
 QUEUE_WORDS = 1 << 14

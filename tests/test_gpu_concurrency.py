@@ -305,7 +305,7 @@ def test_a_capture_in_one_thread_and_calls_in_another():
             graphs = []
             for _ in range(5):
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                     fmha.attention(q, k, v, out=out)
                 graphs.append(graph)
             for graph in graphs:

@@ -139,7 +139,7 @@ from fmha_runtime import driver
 
 def test_cuda_is_refused_in_a_child_that_was_forked_after_it_was_initialised():
     inside = """
-    kernel = driver.Kernel("some_kernel", 0, None, None)
+    kernel = driver.Kernel("some_kernel", 0, None, None, 0)
     for call in (driver.device_count, lambda: driver.capability(0), lambda: driver.load(b"", "x", 0, 0),
                  lambda: kernel.launch(1, 32, 0, 0, 0)):
         try:

@@ -115,7 +115,7 @@ def layer_mask(
     Raises:
         UnsupportedProblem: the queries end after the last key.
     """
-    from transformers import masking_utils
+    from transformers.masking_utils import causal_mask_function, sdpa_mask  # the package itself is lazy: not traceable
 
     if isinstance(attention_mask, LayerMask):  # made ahead by generate()
         return attention_mask
@@ -126,7 +126,7 @@ def layer_mask(
     if q_length is None:
         raise TypeError("the mask function needs q_length, or cache_position")
     if mask_function is None:
-        mask_function = masking_utils.causal_mask_function
+        mask_function = causal_mask_function
     pattern = recognise(mask_function)
     # Chunks count from the first real token, so padding on the left moves them even after a rolling cache forgot it.
     first = 0 if pattern is not None and pattern.chunk is not None else kv_offset
@@ -141,7 +141,7 @@ def layer_mask(
         mask = _in_numbers(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, lengths, filled, device)
         if mask is not None:
             return mask
-    visible = masking_utils.sdpa_mask(
+    visible = sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
         kv_offset=kv_offset,
@@ -198,16 +198,16 @@ def _in_numbers(
 
 def recognise(mask_function: Callable[..., Any]) -> Pattern | None:
     """The pattern of one of transformers' mask functions, known by structure; None for all others."""
-    from transformers import masking_utils
+    from transformers.masking_utils import causal_mask_function
 
-    if mask_function is masking_utils.causal_mask_function:
+    if mask_function is causal_mask_function:
         return Pattern(right=0)
-    if mask_function is getattr(masking_utils, "bidirectional_mask_function", None):
-        return Pattern()
     code = getattr(mask_function, "__code__", None)
-    if code is None or getattr(mask_function, "__module__", "") != masking_utils.__name__:
+    if code is None or getattr(mask_function, "__module__", "") != causal_mask_function.__module__:
         return None
     kind = mask_function.__qualname__.partition(".")[0]
+    if mask_function.__qualname__ == "bidirectional_mask_function":
+        return Pattern()
     cells = (cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ())
     inside = dict(zip(code.co_freevars, cells, strict=True))
     size = inside.get("sliding_window")
