@@ -201,12 +201,16 @@ _ALLOWED_SPILLS: dict[str, tuple[int, str]] = (
             **dict.fromkeys(("128", "192x128"), 96),
             **dict.fromkeys(("160", "192", "256"), 144),
         }.items()
-        for score in ("", "_alibi", "_softcap")
+        for score in ("", "_alibi")
     }
     | {
-        f"fmha_fwd_sm90a_{dtype}_d{d}_softcap": (16, "one register, in the set-up of a tile")
+        f"fmha_fwd_sm90a_{dtype}_d{dims}_softcap{kv}": (
+            208,
+            "in the set-up of a tile, and a loop invariant or two that is read back once a step",
+        )
         for dtype in ("fp16", "bf16")
-        for d in (32, 40, 64)
+        for dims in ("32", "40", "48", "64", "72", "80", "96", "104", "128", "160", "192", "192x128", "256")
+        for kv in ("", "_paged")
     }
     | {f"fmha_fwd_sm90a_{dtype}_d64_packed": (64, "in the producer's set-up of a tile") for dtype in ("fp16", "bf16")}
     | {

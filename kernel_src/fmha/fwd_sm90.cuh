@@ -19,6 +19,7 @@
 #include "scheduler.cuh"
 #include "score.cuh"
 #include "seqlen.cuh"
+#include "softcap_sm90.cuh"
 #include "tile_queue.cuh"
 #include "traits_sm90.cuh"
 
@@ -358,7 +359,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         range.begin = nothing ? work.n_begin : range.begin;
         range.end = nothing ? work.n_begin : range.end;
         const ScoreMod<Traits::kScore> score(p, work.batch, work.head, band.diagonal);
-        LazySoftmax softmax;
+        LazySoftmax<Traits::kHeadroom> softmax;
         if (p.sinks != nullptr) {
             softmax.add_sink(ld_global_f32(p.sinks + work.head), p.scale_log2, lane);
         }
@@ -395,7 +396,11 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             // S of one tile becomes P, still in S's registers.
             const auto softmax_step = [&](auto masked) {
                 constexpr bool kMasked = decltype(masked)::value;
-                score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
+                if constexpr (Traits::kScore == Score::kSoftcap) {
+                    apply_softcap(s, score.tanh_scale);
+                } else {
+                    score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
+                }
                 if constexpr (Traits::kPacked) {
                     mask.apply(s, n_block);
                 }

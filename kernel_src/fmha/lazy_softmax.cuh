@@ -5,12 +5,12 @@
 
 namespace fmha {
 
-// The maximum of a row is kept until a score exceeds it by a factor of 2^8, so that P stays below 2^8 and the result is
-// the same. Whether that happened is one vote of the warp over what each lane saw itself; the exchange among the four
-// lanes of a row, the new maximum and the rescaling of O follow only then.
+// The maximum of a row is kept until a score exceeds it by a factor of 2^kHeadroom, so that P stays below that and the
+// result is the same but for the rounding of P: the largest weight of a row is no longer exactly 1. Whether that
+// happened is one vote of the warp over what each lane saw itself; the exchange among the four lanes of a row, the new
+// maximum and the rescaling of O follow only then.
+template <int kHeadroom>
 struct LazySoftmax : Softmax<1> {
-    static constexpr float kHeadroom = 8.f;  // a power of two
-
     // Turns S into P in place. Returns whether O must be multiplied by `shrink`; the same for all lanes. kMasked: rows
     // may still have seen no key at all.
     template <bool kMasked, int kNTiles>
@@ -24,7 +24,8 @@ struct LazySoftmax : Softmax<1> {
             for (int nt = 0; nt < kNTiles; ++nt) {
                 peak[half] = fmaxf(peak[half], fmaxf(s[0][nt][half * 2], s[0][nt][half * 2 + 1]));
             }
-            grown |= (peak[half] - row_max[0][half]) * scale_log2 > kHeadroom;  // -inf - -inf is NaN: not grown
+            grown |= (peak[half] - row_max[0][half]) * scale_log2 >
+                     static_cast<float>(kHeadroom);  // -inf - -inf is NaN: not grown
         }
         const bool rescale = warp_any(grown);
         if (rescale) {

@@ -54,6 +54,10 @@ struct FwdSm90Traits {
     static constexpr int kPlainConsumerRegs = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
     static constexpr int kConsumerRegs = kPlainConsumerRegs - (kMoreToProducer ? 8 : 0);
 
+    // The maximum of a row is kept until it grows by 2^kHeadroom (lazy_softmax.cuh). Narrow O is cheap to rescale, and
+    // with few columns the rounding of a row's largest weight shows.
+    static constexpr int kHeadroom = kHeadDimV >= 64 ? 8 : 0;
+
     static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
                   "head dims are multiples of 8: wgmma's N and a 16-byte chunk");
     static_assert(kBlockN % 16 == 0 && kBlockN <= 256,
