@@ -296,6 +296,19 @@ def _mark(value: float | None, floor: float) -> str:
     return f"**{value:.2f}**" if value < floor else f"{value:.2f}"
 
 
+def host_time(root: Path) -> str:
+    """Every record that tools/host_time.py wrote, a column each."""
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((root / "docs" / "host").glob("*.json"))]
+    if not records:
+        return "Nothing is recorded yet: `python tools/host_time.py --out docs/host/NAME.json` on a GPU."
+    calls = list(dict.fromkeys(call for record in records for call in record["host_us"]))
+    table = [["us a call, median (best)", *(f"{r['meta']['gpu']}, {r['meta']['date'][:10]}" for r in records)]]
+    for call in calls:
+        found = (record["host_us"].get(call) for record in records)
+        table.append([call, *("-" if x is None else f"{x['median_us']:.1f} ({x['best_us']:.1f})" for x in found)])
+    return _markdown(table)
+
+
 def accuracy(root: Path) -> str:
     """Every case of every record that tools/accuracy.py wrote: relative L2 errors, and ratios to the best peer."""
     paths = sorted((root / "docs" / "accuracy").glob("*.json"))
@@ -333,6 +346,7 @@ PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
         "yardstick": yardstick,
         "goals": goals,
         "features": feature_speed,
+        "host": host_time,
         "tiles": tiles,
         "performance": performance,
     },
