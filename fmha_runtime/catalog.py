@@ -182,15 +182,7 @@ _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
     for kv in KvLayout
     if mask is Mask.BAND or score is Score.PLAIN
 )
-"""Masks, scores and KV layouts that are built for every head dim."""
-
-_HOPPER_FEATURES = _FEATURES
-"""Those of Hopper's own kernels; where there is no such row, the mma.sync kernels compiled for sm90 serve."""
-
-
-def _features(arch: Arch) -> tuple[tuple[Mask, Score, KvLayout], ...]:
-    return _HOPPER_FEATURES if arch is Arch.SM90A else _FEATURES
-
+"""Masks, scores and KV layouts that are built for every head dim and target."""
 
 _ALLOWED_SPILLS: dict[str, tuple[int, str]] = (
     {
@@ -232,7 +224,7 @@ def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
         for each in archs
         for dtype in (DType.FP16, DType.BF16)
         for dims in HEAD_DIMS
-        for mask, score, kv in _features(each)
+        for mask, score, kv in _FEATURES
     ]
     specs += [pack_spec(each) for each in archs if each in _PACK_ARCHS]
     return tuple(sorted(specs, key=lambda spec: spec.name))
@@ -251,7 +243,7 @@ def exists(spec: KernelSpec) -> bool:
         spec.op is Op.FWD
         and spec.dtype in (DType.FP16, DType.BF16)
         and (spec.head_dim, spec.head_dim_v) in _TILES
-        and (spec.mask, spec.score, spec.kv) in _features(spec.arch)
+        and (spec.mask, spec.score, spec.kv) in _FEATURES
     )
 
 

@@ -402,6 +402,15 @@ def bind(device: int) -> None:
     _call("cuCtxSetCurrent", _context(device))
 
 
+def bind_after(error: DriverError, device: int) -> None:
+    """Binds the device's context if a call failed because the calling thread, in its first CUDA call, had none: then it
+    can be repeated. Any other error is raised again.
+    """
+    if error.code != INVALID_CONTEXT:
+        raise error
+    bind(device)
+
+
 def ensure_context(device: int) -> None:
     """Binds a device's primary context unless the calling thread has a context already, which then stays."""
     if not int(_call("cuCtxGetCurrent")):

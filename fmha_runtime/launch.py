@@ -388,9 +388,7 @@ class Plan:
                 try:
                     self._enqueue(stream)
                 except DriverError as error:
-                    if error.code != driver.INVALID_CONTEXT:
-                        raise
-                    driver.bind(self._device)  # this thread's first CUDA call
+                    driver.bind_after(error, self._device)
                     self._enqueue(stream)
         return out if lse is None else (out, lse)
 

@@ -173,7 +173,5 @@ def _launch(
         try:
             kernel.launch(grid, tile.threads, smem, stream, ctypes.addressof(argument))
         except DriverError as error:
-            if error.code != driver.INVALID_CONTEXT:
-                raise
-            driver.bind(kernel.device)  # this thread's first CUDA call
+            driver.bind_after(error, kernel.device)
             kernel.launch(grid, tile.threads, smem, stream, ctypes.addressof(argument))

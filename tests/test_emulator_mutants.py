@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from fmha_runtime import catalog, config, emulator, launch, sources
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.spec import KernelSpec, KvLayout
+
+Run = Callable[[emulator.Kernel, KernelSpec], tuple[torch.Tensor, ...]]
+"""Runs a problem on a kernel; the output first."""
 
 
 @dataclass(frozen=True)
@@ -115,29 +119,37 @@ def mutate(mutant: Mutant, folder: Path) -> None:
     (folder / mutant.file).write_text(changed)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    mutant = MUTANTS[name]
+def assert_caught(mutant: Mutant, folder: Path, run: Run, orders: Iterable[Order] = Order) -> None:
+    """A mutant, made in ``folder``, faults as it says in each of these orders, or else computes something else."""
     spec = KernelSpec.parse(mutant.spec)
-    mutate(mutant, tmp_path / "fmha")
-    text = sources.render(spec, catalog.tile(spec))
-    kernel = emulator.load_source(text, spec.name, [tmp_path / "fmha"])
-    for kernel.order in Order:
+    mutate(mutant, folder)
+    kernel = emulator.load_source(sources.render(spec, catalog.tile(spec)), spec.name, [folder])
+    for kernel.order in orders:
         if mutant.fault:
             with pytest.raises(EmulatorFault, match=mutant.fault) as caught:
-                outputs(kernel, spec)
+                run(kernel, spec)
             assert spec.name in str(caught.value)
         else:
-            good, bad = outputs(emulator.load(spec), spec)[0], outputs(kernel, spec)[0]
+            good, bad = run(emulator.load(spec), spec)[0], run(kernel, spec)[0]
             assert not torch.allclose(good.float(), bad.float(), atol=0.1)
+
+
+def assert_the_same_in_every_order(spec: KernelSpec, run: Run) -> None:
+    """The kernel as it is faults in no order, leaves no NaN and computes the same bits."""
+    kernel = emulator.load(spec)
+    results = []
+    for kernel.order in Order:
+        results.append(run(kernel, spec))
+    assert not any(each.isnan().any() for each in results[0])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    assert_caught(MUTANTS[name], tmp_path / "fmha", outputs)
 
 
 @pytest.mark.parametrize("name", sorted({mutant.spec for mutant in MUTANTS.values()}))
 def test_the_real_kernel_is_clean_and_the_same_in_every_order(name: str) -> None:
-    spec = KernelSpec.parse(name)
-    kernel = emulator.load(spec)
-    results = []
-    for kernel.order in Order:
-        results.append(outputs(kernel, spec))
-    for out, lse in results[1:]:
-        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+    assert_the_same_in_every_order(KernelSpec.parse(name), outputs)

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_emulator_mutants import Mutant, mutate
+from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
-from fmha_runtime import catalog, emulator, launch, sources
-from fmha_runtime.emulator import Order
-from fmha_runtime.errors import EmulatorFault
+from fmha_runtime import emulator, launch
 from fmha_runtime.spec import KernelSpec
 
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
@@ -131,7 +129,7 @@ MUTANTS = {
 }
 
 
-def outputs(kernel: emulator.Kernel, spec: KernelSpec = SPEC) -> torch.Tensor:
+def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     """Two query tiles of three heads on two CTAs, three key tiles, the last one ragged and followed by NaN."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -141,29 +139,13 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec = SPEC) -> torch.Tensor:
     used = torch.tensor([300], dtype=torch.int32)
     out = launch.run(kernel, spec, q, k, v, seqused_k=used)
     assert isinstance(out, torch.Tensor)
-    return out
+    return (out,)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    changed = MUTANTS[name]
-    mutate(changed, tmp_path / "fmha")
-    spec = KernelSpec.parse(changed.spec)
-    kernel = emulator.load_source(sources.render(spec, catalog.tile(spec)), spec.name, [tmp_path / "fmha"])
-    for kernel.order in Order:
-        if changed.fault:
-            with pytest.raises(EmulatorFault, match=changed.fault) as caught:
-                outputs(kernel, spec)
-            assert spec.name in str(caught.value)
-        else:
-            good, bad = outputs(emulator.load(SPEC)), outputs(kernel)
-            assert not torch.allclose(good.float(), bad.float(), atol=0.1)
+    assert_caught(MUTANTS[name], tmp_path / "fmha", outputs)
 
 
 def test_the_real_kernel_is_clean_and_the_same_in_every_order() -> None:
-    kernel = emulator.load(SPEC)
-    results = []
-    for kernel.order in Order:
-        results.append(outputs(kernel))
-    assert not results[0].isnan().any()
-    assert all(torch.equal(each, results[0]) for each in results)
+    assert_the_same_in_every_order(SPEC, outputs)

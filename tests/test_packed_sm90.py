@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_emulator_mutants import Mutant, mutate
+from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
 import fmha_runtime as fmha
-from fmha_runtime import catalog, emulator, launch, reference, sources
+from fmha_runtime import emulator, launch, reference
 from fmha_runtime.emulator import Order
-from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.spec import HEAD_DIMS, KernelSpec
 
 DEVICE = "emulator:sm90"
@@ -213,36 +212,23 @@ MUTANTS = {
 }
 
 
-def outputs(kernel: emulator.Kernel) -> torch.Tensor:
+def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     """Two query tiles of two heads; keys in the second row block and in the first word of the summary count alone."""
-    q, k, v = qkv(1, 300, 4200, 2, 2, SPEC.head_dim)
+    q, k, v = qkv(1, 300, 4200, 2, 2, spec.head_dim)
     mask = torch.zeros(300, 4200, dtype=torch.bool)
     mask[:, 2048:2300] = random_mask(300, 252)
     mask[:64, 2048:2100] = False
     mask[64:128, 500:800] = random_mask(64, 300, seed=1)
     mask[:, 4199] = True
-    out = launch.run(kernel, SPEC, q, k, v, mask=mask)
+    out = launch.run(kernel, spec, q, k, v, mask=mask)
     assert isinstance(out, torch.Tensor)
-    return out
+    return (out,)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    changed = MUTANTS[name]
-    mutate(changed, tmp_path / "fmha")
-    kernel = emulator.load_source(sources.render(SPEC, catalog.tile(SPEC)), SPEC.name, [tmp_path / "fmha"])
-    if changed.fault:
-        with pytest.raises(EmulatorFault, match=changed.fault):
-            outputs(kernel)
-    else:
-        good, bad = outputs(emulator.load(SPEC)), outputs(kernel)
-        assert not torch.allclose(good.float(), bad.float(), atol=0.1)
+    assert_caught(MUTANTS[name], tmp_path / "fmha", outputs, [Order.FORWARD])
 
 
 def test_the_real_kernel_is_the_same_in_every_order() -> None:
-    kernel = emulator.load(SPEC)
-    results = []
-    for kernel.order in Order:
-        results.append(outputs(kernel))
-    assert not results[0].isnan().any()
-    assert all(torch.equal(each, results[0]) for each in results)
+    assert_the_same_in_every_order(SPEC, outputs)

@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_emulator_mutants import Mutant, mutate
+from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 from test_kvcache import LAYOUTS, paged, queries
 
 import fmha_runtime as fmha
-from fmha_runtime import catalog, emulator, launch, reference, sources
+from fmha_runtime import emulator, launch, reference
 from fmha_runtime.call import PAGE_SIZES
 from fmha_runtime.emulator import Order
-from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.spec import HEAD_DIMS, KernelSpec
 
 DEVICE = "emulator:sm90"
@@ -148,32 +146,19 @@ MUTANTS = {
 }
 
 
-def outputs(kernel: emulator.Kernel) -> torch.Tensor:
+def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     """The table ends with the last page of the last sequence."""
-    k, v, table, lengths = paged((70, 333), 64, 2, SPEC.head_dim)
-    q = queries(2, 200, 2, SPEC.head_dim)
-    out = launch.run(kernel, SPEC, q, k, v, seqused_k=lengths, page_table=table[:, :6].contiguous())
+    k, v, table, lengths = paged((70, 333), 64, 2, spec.head_dim)
+    q = queries(2, 200, 2, spec.head_dim)
+    out = launch.run(kernel, spec, q, k, v, seqused_k=lengths, page_table=table[:, :6].contiguous())
     assert isinstance(out, torch.Tensor)
-    return out
+    return (out,)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    changed = MUTANTS[name]
-    mutate(changed, tmp_path / "fmha")
-    kernel = emulator.load_source(sources.render(SPEC, catalog.tile(SPEC)), SPEC.name, [tmp_path / "fmha"])
-    if changed.fault:
-        with pytest.raises(EmulatorFault, match=changed.fault):
-            outputs(kernel)
-    else:
-        good, bad = outputs(emulator.load(SPEC)), outputs(kernel)
-        assert not torch.allclose(good.float(), bad.float(), atol=0.1)
+    assert_caught(MUTANTS[name], tmp_path / "fmha", outputs, [Order.FORWARD])
 
 
 def test_the_real_kernel_is_the_same_in_every_order() -> None:
-    kernel = emulator.load(SPEC)
-    results = []
-    for kernel.order in Order:
-        results.append(outputs(kernel))
-    assert not any(math.isnan(x) for x in results[0].float().flatten().tolist())
-    assert all(torch.equal(each, results[0]) for each in results)
+    assert_the_same_in_every_order(SPEC, outputs)

@@ -19,37 +19,28 @@ import torch
 
 import fmha_runtime as fmha
 from fmha_runtime import packed_mask
+from fmha_runtime.bench import CudaTimer
 
 SHAPES = ((1, 1, 1024, 1024), (1, 1, 8192, 8192), (4, 16, 4096, 4096), (4, 16, 4095, 4095), (8, 1, 64, 8192))
 
 
-def microseconds(call: Callable[[], Any], flush: torch.Tensor, repeats: int = 20) -> float:
+def microseconds(call: Callable[[], Any], timer: CudaTimer, repeats: int = 20) -> float:
     """Median device time with a cold L2."""
     call()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # hides the host time of what is measured
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+    return statistics.median(timer.microseconds([timer.begin(call) for _ in range(repeats)]))
 
 
 def main() -> int:
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    timer = CudaTimer("cuda")
     copied = packed = 0.0
     print("mask                      kernel             torch's operations  copy")
     for shape in SHAPES:
         mask = torch.rand(shape, device="cuda") < 0.5
         target = torch.empty_like(mask)
         each = (
-            microseconds(lambda m=mask: fmha.pack_mask(m), flush),
-            microseconds(lambda m=mask: packed_mask.pack(m), flush, 3),
-            microseconds(lambda m=mask, t=target: t.copy_(m), flush),
+            microseconds(lambda m=mask: fmha.pack_mask(m), timer),
+            microseconds(lambda m=mask: packed_mask.pack(m), timer, 3),
+            microseconds(lambda m=mask, t=target: t.copy_(m), timer),
         )
         speeds = [mask.numel() / us / 1e3 for us in each]
         cells = (f"{us:9.1f} us {speed:5.0f} GB/s" for us, speed in zip(each, speeds, strict=True))
