@@ -183,10 +183,10 @@ def mutant(pattern: str, replacement: str, fault: str, file: str = "packed_sm90.
 
 MUTANTS = {
     "consumers visit every tile": mutant(
-        r"after = walk\.left_of\(n_block, word\);", "after = n_block - 1;", "deadlock", "fwd_sm90.cuh"
+        r"after = tile_after\(n_block\);(?=\s*more)", "after = n_block - 1;", "deadlock", "fwd_sm90.cuh"
     ),
     "a word's summary is of the first row block only": mutant(
-        r"i < kRowBlocks; \+\+i\) \{\s*seen", "i < 1; ++i) { seen", "deadlock"
+        r"i < kRowBlocks; \+\+i\) \{\s*seen", "i < 1; ++i) { seen", ""
     ),
     "the walk ends with its first word": mutant(r"block = block / 32 \* 32 - 1;", "block = -1;", ""),
     "consumers read the words of the first": mutant(
@@ -195,16 +195,26 @@ MUTANTS = {
         "",
         "fwd_sm90.cuh",
     ),
-    "a consumer is done too early": mutant(
-        r"more = own\.left_of\(n_block, own_word\) >= begin;", "more = false;", "", "fwd_sm90.cuh"
-    ),
+    "a consumer is done too early": mutant(r"more = after >= leftmost;", "more = false;", "", "fwd_sm90.cuh"),
     "a consumer starts where another does": mutant(
-        r"own\.left_of\(range\.end, own_word\) \+ 1;", "range.begin + 1;", "deadlock|byte offset", "fwd_sm90.cuh"
+        r"own\.left_of\(range\.end\) \+ 1;", "range.begin + 1;", "deadlock|byte offset", "fwd_sm90.cuh"
     ),
     "the second word is not there": mutant(r"i \+ 1 < kWords \? words\[i \+ 1\] : 0", "words[kWords] * 0", ""),
     "tiles begin where blocks do": mutant(r"Traits::kBlockN % 64 / 2\)", "Traits::kBlockN % 64 * 0)", ""),
+    "the next tile is told after K is full": mutant(
+        r"(if constexpr \(Traits::kPacked\) \{\s*st_shared_v4\(smem\.next_tile[^;]*;\s*\})"
+        r"(\s*mbarrier_arrive_expect[^;]*;)",
+        r"\2 \1",
+        "race at .*(next|wrote with|read with)|ld_shared_v4",
+        "fwd_sm90.cuh",
+    ),
+    "all lanes read what lane 0 hands back": mutant(
+        r"lane == 0 \? (static_cast<int>\(ld_shared_v4\(smem\.next_tile.*?\)) : 0;", r"\1;", "race at", "fwd_sm90.cuh"
+    ),
     "words beyond the columns are read": mutant(
-        r"i < there \? (PackedMask::load\(from \+ i \* 128\)) : 0", r"\1", "ld_global_s32: .* byte offset"
+        r"at < static_cast<uint32_t>\(col_blocks\)\s*\?\s*(PackedMask::load\(from \+ at \* 128\)) : 0",
+        r"\1",
+        "ld_global_s32: .* byte offset",
     ),
     "row blocks below the mask are read": mutant(
         r"i < row_blocks \? (PackedMask::load\(any \+ i \* stride\)) : 0", r"\1", "ld_global_s32: .* byte offset"

@@ -91,6 +91,8 @@ struct SmemSm90 {
     FMHA_DEVICE uint32_t v_empty(int stage) const { return v_full(Traits::kStages) + 8 * stage; }
     // A V tile that must be cleaned before it is full.
     FMHA_DEVICE uint32_t v_landed() const { return v_empty(Traits::kStages); }
+    // Packed masks: the KV tile that is loaded after the one in this stage.
+    FMHA_DEVICE uint32_t next_tile(int stage) const { return (v_landed() + 8 + 15) / 16 * 16 + 16 * stage; }
 
     FMHA_DEVICE void init_barriers() const {
         constexpr int kConsumerWarps = Traits::kConsumers * 4;  // every warp says for itself when it is done reading
@@ -182,18 +184,18 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const int n_begin = work.range.begin;
         const TileWalk<Traits, Traits::kConsumers> walk(p, work.seq, work.tile.batch, work.tile.head, work.row_begin,
                                                         n_begin);
-        const int first = walk.left_of(work.range.end);
-        const bool has_keys = first >= n_begin;
-        if (!work.exists() || !has_keys) {
+        const int n_end = walk.left_of(work.range.end) + 1;
+        const auto has_keys = [&] { return n_begin < n_end; };  // a variable would cost registers
+        if (!work.exists() || !has_keys()) {
             queue.draw(lane);
         }
         if (!work.exists()) {
             continue;
         }
         const Assignment assignment{work.row_begin, work.tile.head, work.tile.batch, static_cast<int>(work.seq.q_row),
-                                    work.seq.q_len, work.seq.k_len, n_begin,         first + 1};
+                                    work.seq.q_len, work.seq.k_len, n_begin,         n_end};
         // Where Q has one stage, the first K goes before it: Q has to wait for the tile before.
-        const bool assign_first = Traits::kQStages > 1 || !has_keys;
+        const bool assign_first = Traits::kQStages > 1 || !has_keys();
         if (assign_first && lane == 0) {
             assign(assignment);
         }
@@ -209,7 +211,7 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             }
         };
 
-        for (int n_block = first, after; n_block >= n_begin; n_block = after) {
+        for (int n_block = n_end - 1, after; n_block >= n_begin; n_block = after) {
             after = walk.left_of(n_block);
             const int row = static_cast<int>(work.seq.k_row) + n_block * Traits::kBlockN;
             const int valid_rows = work.seq.k_len - n_block * Traits::kBlockN;
@@ -220,9 +222,12 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             }
             if (lane == 0) {
                 mbarrier_wait(smem.k_empty(ring.stage), ring.parity ^ 1);
+                if constexpr (Traits::kPacked) {
+                    st_shared_v4(smem.next_tile(ring.stage), Vec4{{static_cast<uint32_t>(after), 0, 0, 0}});
+                }
                 mbarrier_arrive_expect(smem.k_full(ring.stage), Traits::kKBytes);
                 load_kv(smem.k(ring.stage), Traits::kQkGroups, &maps.k_map, smem.k_full(ring.stage), row);
-                if (!assign_first && n_block == first) {
+                if (!assign_first && n_block == n_end - 1) {
                     assign(assignment);
                 }
                 const uint32_t v_full = dirty ? smem.v_landed() : smem.v_full(ring.stage);
@@ -323,15 +328,27 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         pass_turn();
     }
 
-    // A KV tile for other consumers only: this one keeps step.
-    const auto pass_over = [&] {
+    // The KV tile that is loaded after the present one, whose K has landed. Lane 0 reads, for it also releases.
+    const auto tile_after = [&](int n_block) {
+        if constexpr (Traits::kPacked) {
+            const int next = lane == 0 ? static_cast<int>(ld_shared_v4(smem.next_tile(ring.stage)).x[0]) : 0;
+            return warp_uniform(next);
+        } else {
+            return n_block - 1;
+        }
+    };
+
+    // A KV tile for other consumers only: this one keeps step. Returns the next.
+    const auto pass_over = [&](int n_block) {
         mbarrier_wait(smem.k_full(ring.stage), ring.parity);
+        const int after = tile_after(n_block);
         wait_for_turn();
         pass_turn();
         release(smem.k_empty(ring.stage));
         mbarrier_wait(smem.v_full(ring.stage), ring.parity);
         release(smem.v_empty(ring.stage));
         ring.advance();
+        return after;
     };
 
     FMHA_UNROLL_1
@@ -348,12 +365,12 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const int warp_row = row_begin + warp * 16;
         KvRange range(band, row_begin, row_begin + 64 < seq.q_len ? row_begin + 64 : seq.q_len, Traits::kBlockN);
         const bool idle = row_begin >= seq.q_len || range.begin >= range.end;
-        // The tiles that are loaded, and among them those with a bit for these rows (packed masks; else all alike).
-        const TileWalk<Traits, Traits::kConsumers> walk(p, seq, work.batch, work.head, work.row_begin, work.n_begin);
+        // Packed masks: of the tiles that are loaded, those between the first and the last with a bit for these rows.
         const TileWalk<Traits, 1> own(p, seq, work.batch, work.head, row_begin, range.begin);
-        SeenBlocks word, own_word;
+        int leftmost = range.begin;
         if constexpr (Traits::kPacked) {
-            range.end = idle ? 0 : own.left_of(range.end, own_word) + 1;
+            range.end = idle ? 0 : own.left_of(range.end) + 1;
+            leftmost = range.begin < range.end ? own.leftmost() : 0;
         }
         const bool nothing = idle || range.begin >= range.end;
         range.begin = nothing ? work.n_begin : range.begin;
@@ -370,25 +387,25 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
 
         int n_block = work.n_end - 1;
         FMHA_UNROLL_1
-        for (; n_block >= range.end; n_block = walk.left_of(n_block, word)) {
-            pass_over();
+        for (; n_block >= range.end;) {
+            n_block = pass_over(n_block);
         }
         if (range.begin < range.end) {
             const int begin = range.begin;
             const int full_begin = range.full_begin > begin ? range.full_begin : begin;
             const int full_end = range.full_end > begin ? range.full_end : begin;
             float shrink[1][2];
-            MaskRows<Traits> mask;
+            MaskRows<Traits> mask(own, warp * 32 + lane);
             int after = begin - 1;  // packed masks: the next tile that is loaded,
             bool more = false;      // and whether one of those to come has a bit
             // While the first product of a tile runs: its mask, and where to go from it.
             const auto look_ahead = [&] {
                 if constexpr (Traits::kPacked) {
                     mask.step();
-                    after = walk.left_of(n_block, word);
-                    more = own.left_of(n_block, own_word) >= begin;
+                    after = tile_after(n_block);
+                    more = after >= leftmost;
                     if (more) {
-                        mask.load(own, after, warp * 32 + lane);
+                        mask.load(after);
                     }
                 }
             };
@@ -404,7 +421,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 if constexpr (Traits::kPacked) {
                     mask.apply(s, n_block);
                 }
-                if constexpr (kMasked) {
+                if (kMasked && (!Traits::kPacked || range.needs_mask(n_block))) {
                     apply_band_sides(s, band, n_block >= range.full_end, n_block < range.full_begin, warp_row,
                                      n_block * Traits::kBlockN, lane);
                 }
@@ -419,7 +436,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
 
             // First tile: nothing to multiply with V yet.
             if constexpr (Traits::kPacked) {
-                mask.load(own, n_block, warp * 32 + lane);
+                mask.load(n_block);
             }
             mbarrier_wait(smem.k_full(ring.stage), ring.parity);
             wait_for_turn();
@@ -495,8 +512,8 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             release(smem.q_empty(q_ring.stage, consumer));
         }
         FMHA_UNROLL_1
-        for (; n_block >= work.n_begin; n_block = walk.left_of(n_block, word)) {
-            pass_over();
+        for (; n_block >= work.n_begin;) {
+            n_block = pass_over(n_block);
         }
 
         softmax.finish(o);

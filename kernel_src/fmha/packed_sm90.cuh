@@ -8,14 +8,8 @@
 
 namespace fmha {
 
-// One word of a mask's summary, of 32 column blocks.
-struct SeenBlocks {
-    int index = -1;
-    uint32_t bits = 0;
-};
-
-// The KV tiles of some blocks of 64 query rows, right to left. Producer and consumers walk over those of the whole
-// query tile alike, each on its own; a consumer also looks where its own rows have any.
+// The KV tiles of some blocks of 64 query rows, right to left. The producer walks over those of the whole query tile
+// and tells the consumers where it goes (SmemSm90::next_tile); a consumer only looks where its own rows have any.
 template <class Traits, int kRowBlocks, bool kPacked = Traits::kPacked>
 struct TileWalk;
 
@@ -24,7 +18,6 @@ template <class Traits, int kRowBlocks>
 struct TileWalk<Traits, kRowBlocks, false> {
     FMHA_DEVICE TileWalk(const FwdParams&, const SeqlenInfo&, int, int, int, int) {}
     FMHA_DEVICE int left_of(int n_block) const { return n_block - 1; }
-    FMHA_DEVICE int left_of(int n_block, SeenBlocks&) const { return n_block - 1; }
 };
 
 // A packed mask leaves out the tiles without a bit.
@@ -46,18 +39,14 @@ struct TileWalk<Traits, kRowBlocks, true> {
     }
 
     // The next tile with a bit; left of `begin`: there is none. A tile that shares a block with its neighbour may turn
-    // out to be empty. Who has registers to spare keeps the word from call to call.
-    FMHA_DEVICE int left_of(int n_block, SeenBlocks& word) const {
+    // out to be empty.
+    FMHA_DEVICE int left_of(int n_block) const {
         const int last_block = p.mask_col_blocks - 1;
         const int first_block = begin * Traits::kBlockN / 64;
         int block = (n_block * Traits::kBlockN - 1) / 64;
         block = block < last_block ? block : last_block;
         while (n_block > begin && block >= first_block) {
-            if (block / 32 != word.index) {
-                word.index = block / 32;
-                word.bits = load(word.index);
-            }
-            const uint32_t left = word.bits << (31 - block % 32);  // this block's bit on top
+            const uint32_t left = load(block / 32) << (31 - block % 32);  // this block's bit on top
             if (left != 0) {
                 const int found = block - __builtin_clz(left);
                 const int tile = (found * 64 + 63) / Traits::kBlockN;
@@ -67,9 +56,20 @@ struct TileWalk<Traits, kRowBlocks, true> {
         }
         return begin - 1;
     }
-    FMHA_DEVICE int left_of(int n_block) const {
-        SeenBlocks word;
-        return left_of(n_block, word);
+
+    // The leftmost tile with a bit, given that there is one.
+    FMHA_DEVICE int leftmost() const {
+        int block = begin * Traits::kBlockN / 64;
+        while (block < p.mask_col_blocks) {
+            const uint32_t right = load(block / 32) >> (block % 32);
+            if (right != 0) {
+                block += 31 - __builtin_clz(right & -right);  // its lowest bit
+                break;
+            }
+            block = (block / 32 + 1) * 32;
+        }
+        const int tile = block * 64 / Traits::kBlockN;
+        return tile > begin ? tile : begin;
     }
 
     // The same for the whole warp, and the compiler is told: a loop that continues on it stays uniform.
@@ -90,7 +90,9 @@ template <class Traits, bool kPacked = Traits::kPacked>
 struct MaskRows;
 
 template <class Traits>
-struct MaskRows<Traits, false> {};
+struct MaskRows<Traits, false> {
+    FMHA_DEVICE MaskRows(const TileWalk<Traits, 1>&, int) {}
+};
 
 template <class Traits>
 struct MaskRows<Traits, true> {
@@ -103,17 +105,21 @@ struct MaskRows<Traits, true> {
     uint32_t words[kWords];
     uint32_t coming[kWords];  // of the next tile: on their way for a whole step, because they come from far
 
-    // Asks for the words of a tile, which become those of the present one with the next call of step(). `rows` are
-    // those of the warpgroup.
-    FMHA_DEVICE void load(const TileWalk<Traits, 1>& rows, int n_block, int thread) {
-        const int block = n_block * Traits::kBlockN / 64;
-        const int cols = rows.p.mask_col_blocks;
-        const int64_t first = static_cast<int64_t>(rows.row_block) * cols + block;
-        const uint32_t* from = rows.p.mask + first * 128 + thread;
-        const int there = 0 < rows.row_blocks ? cols - block : 0;  // below and right of the mask is nothing
+    const uint32_t* from;  // this lane's word of column block 0
+    int col_blocks;        // 0: rows below the mask, which has nothing there
+
+    // `rows` are those of the warpgroup.
+    FMHA_DEVICE MaskRows(const TileWalk<Traits, 1>& rows, int thread)
+        : from(rows.p.mask + static_cast<int64_t>(rows.row_block) * rows.p.mask_col_blocks * 128 + thread),
+          col_blocks(0 < rows.row_blocks ? rows.p.mask_col_blocks : 0) {}
+
+    // Asks for the words of a tile, which become those of the present one with the next call of step().
+    FMHA_DEVICE void load(int n_block) {
+        const uint32_t block = static_cast<uint32_t>(n_block) * Traits::kBlockN / 64;
         FMHA_UNROLL
         for (int i = 0; i < kWords; ++i) {
-            coming[i] = i < there ? PackedMask::load(from + i * 128) : 0;
+            const uint32_t at = block + i;
+            coming[i] = at < static_cast<uint32_t>(col_blocks) ? PackedMask::load(from + at * 128) : 0;
         }
     }
 
@@ -129,7 +135,8 @@ struct MaskRows<Traits, true> {
         uint32_t bits = words[i];
         if constexpr (kAlign != 64) {
             const uint64_t next = i + 1 < kWords ? words[i + 1] : 0;
-            bits = static_cast<uint32_t>((next << 32 | bits) >> (n_block * Traits::kBlockN % 64 / 2));
+            bits = static_cast<uint32_t>((next << 32 | bits) >>
+                                         (static_cast<uint32_t>(n_block) * Traits::kBlockN % 64 / 2));
         }
         constexpr int kRest = Traits::kBlockN % 64;
         return i == kChunks - 1 && kRest != 0 ? bits | ~0u << kRest / 2 % 32 : bits;

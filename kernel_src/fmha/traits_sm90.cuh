@@ -63,8 +63,8 @@ struct FwdSm90Traits {
     static_assert(kBlockN % 16 == 0 && kBlockN <= 256,
                   "P is fed to the second product in k16 steps; a box has 256 rows");
     static_assert(kConsumers >= 2 && kConsumers <= 4, "the register split is set for two to four consumers");
-    static_assert(kConsumers * kQStages * (32 + 16) + 8 * (1 + 4 * kStages) <= kControlBytes,
-                  "assignments and barriers must fit their room");
+    static_assert(kConsumers * kQStages * (32 + 16) + 8 * (1 + 4 * kStages) + 16 * (kStages + 1) <= kControlBytes,
+                  "assignments, barriers and next tiles must fit their room");
 };
 
 // Shared-memory matrix descriptor (PTX ISA, "Matrix-descriptor format"): start address, leading and stride byte
