@@ -118,9 +118,13 @@ struct SmemSm90 {
         st_shared_v4(at, Vec4{{word(work.row_begin), word(work.head), word(work.batch), word(work.q_row)}});
         st_shared_v4(at + 16, Vec4{{word(work.q_len), word(work.k_len), word(work.n_begin), word(work.n_end)}});
     }
-    FMHA_DEVICE Assignment assigned(int stage, int consumer) const {
-        const Vec4 a = ld_shared_v4(assignment(stage, consumer));
-        const Vec4 b = ld_shared_v4(assignment(stage, consumer) + 16);
+    // Only lane 0 reads, because it is lane 0 that releases the slot.
+    FMHA_DEVICE Assignment assigned(int stage, int consumer, int lane) const {
+        Vec4 a{}, b{};
+        if (lane == 0) {
+            a = ld_shared_v4(assignment(stage, consumer));
+            b = ld_shared_v4(assignment(stage, consumer) + 16);
+        }
         const auto whole = [](uint32_t x) { return warp_uniform(static_cast<int>(x)); };
         return Assignment{whole(a.x[0]), whole(a.x[1]), whole(a.x[2]), whole(a.x[3]),
                           whole(b.x[0]), whole(b.x[1]), whole(b.x[2]), whole(b.x[3])};
@@ -354,8 +358,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
     FMHA_UNROLL_1
     for (;; q_ring.advance()) {
         mbarrier_wait(smem.q_full(q_ring.stage, consumer), q_ring.parity);
-        const Assignment work = smem.assigned(q_ring.stage, consumer);
-        sync_warp();  // lane 0 will release what all lanes have read
+        const Assignment work = smem.assigned(q_ring.stage, consumer, lane);
         if (work.row_begin < 0) {
             break;
         }
@@ -376,7 +379,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         range.begin = nothing ? work.n_begin : range.begin;
         range.end = nothing ? work.n_begin : range.end;
         const ScoreMod<Traits::kScore> score(p, work.batch, work.head, band.diagonal);
-        LazySoftmax<Traits::kHeadroom> softmax;
+        CappedSoftmax<Traits::kHeadroom> softmax;
         if (p.sinks != nullptr) {
             softmax.add_sink(ld_global_f32(p.sinks + work.head), p.scale_log2, lane);
         }
@@ -413,7 +416,9 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             // S of one tile becomes P, still in S's registers.
             const auto softmax_step = [&](auto masked) {
                 constexpr bool kMasked = decltype(masked)::value;
-                if constexpr (Traits::kScore == Score::kSoftcap) {
+                if constexpr (Traits::kScore == Score::kSoftcap && !kMasked) {
+                    return softmax.step_capped(s, shrink, score.tanh_scale, p.scale_log2);
+                } else if constexpr (Traits::kScore == Score::kSoftcap) {
                     apply_softcap(s, score.tanh_scale);
                 } else {
                     score.apply(s, warp_row, n_block * Traits::kBlockN, lane);
@@ -531,7 +536,7 @@ template <class Traits>
 FMHA_DEVICE void fwd_sm90(const FwdSm90Params& params) {
     const int thread = static_cast<int>(thread_idx());
     const int warpgroup = warp_uniform(thread / 128);
-    const SmemSm90<Traits> smem{smem_base()};
+    const SmemSm90<Traits> smem{smem_base_constant()};
     if (thread == 0) {
         tma_prefetch_map(&params.tma.q_map);
         tma_prefetch_map(&params.tma.k_map);

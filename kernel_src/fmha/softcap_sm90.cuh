@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softcap on the fragments of S: tanh without the special function unit wherever the scores are far below the cap.
 #pragma once
+#include "lazy_softmax.cuh"
 #include "score.cuh"
 
 namespace fmha {
@@ -18,7 +19,7 @@ FMHA_DEVICE float tanh_polynomial(float x) {
 }
 
 // Each ex2 and rcp takes the unit eight cycles a warp, and the softmax needs it too; the polynomial's seven
-// instructions are cheaper. One vote a tile says which it is.
+// instructions are cheaper. One vote a tile says which it is. For tiles with masked scores, which are few.
 template <int kNTiles>
 FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
     float largest = 0.f;
@@ -44,5 +45,65 @@ FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
         each([](float x) { return tanh_polynomial(x); });
     }
 }
+
+// Softmax of capped scores. For a tile without masked scores whose cap hardly bends, cap, scale and the subtraction of the
+// maximum are one polynomial of five instructions a score: the largest |score| shows at once that the polynomial is good
+// there and that no maximum grows, for a cap keeps the order and makes nothing larger.
+template <int kHeadroom>
+struct CappedSoftmax : LazySoftmax<kHeadroom> {
+    static constexpr float kReach = 0.5f;    // of |x|, where the polynomial is within 6e-7 of tanh(x)
+    static constexpr float kLargest = 1e9f;  // its square does not overflow
+
+    // step<false>() of LazySoftmax with the cap before it; the maximum is that of tanh().
+    template <int kNTiles>
+    FMHA_DEVICE bool step_capped(float (&s)[1][kNTiles][4], float (&shrink)[1][2], float tanh_scale, float scale_log2) {
+        bool far = false;
+        FMHA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            float largest = 0.f;
+            FMHA_UNROLL
+            for (int nt = 0; nt < kNTiles; ++nt) {
+                largest = fmaxf(largest, fmaxf(fabsf(s[0][nt][half * 2]), fabsf(s[0][nt][half * 2 + 1])));
+            }
+            const float x = fabsf(largest * tanh_scale);
+            const bool stays = (x - this->row_max[0][half]) * scale_log2 <= static_cast<float>(kHeadroom);
+            far |= !(x <= kReach && stays && largest <= kLargest);
+        }
+        if (warp_any(far)) {
+            FMHA_UNROLL
+            for (int nt = 0; nt < kNTiles; ++nt) {
+                FMHA_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    s[0][nt][i] = tanh_exp2(s[0][nt][i] * tanh_scale);
+                }
+            }
+            return this->template step<false>(s, shrink, scale_log2);
+        }
+        // tanh(x) / x in x * x, fitted like tanh_polynomial, with both scales inside.
+        const float square = tanh_scale * tanh_scale;
+        const float linear = tanh_scale * scale_log2;
+        const float c0 = 0.999999463558197f * linear;
+        const float c1 = -0.33326318860054016f * (linear * square);
+        const float c2 = 0.13190294802188873f * (linear * square * square);
+        const float c3 = -0.044402193278074265f * (linear * square * square * square);
+        FMHA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const float from = this->row_max[0][half] * scale_log2;
+            float sum = 0.f;
+            FMHA_UNROLL
+            for (int nt = 0; nt < kNTiles; ++nt) {
+                FMHA_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                    float& x = s[0][nt][half * 2 + i];
+                    const float u = x * x;
+                    x = exp2_approx((((c3 * u + c2) * u + c1) * u + c0) * x - from);
+                    sum += x;
+                }
+            }
+            this->row_sum[0][half] += sum;
+        }
+        return false;
+    }
+};
 
 }  // namespace fmha

@@ -7,6 +7,8 @@ namespace fmha {
 
 FMHA_DEVICE int warp_uniform(int x) { return static_cast<int>(emu::shfl_idx(static_cast<uint32_t>(x), 0)); }
 
+FMHA_DEVICE uint32_t smem_base_constant() { return smem_base(); }
+
 FMHA_DEVICE uint32_t atomic_add_global(uint32_t* word, uint32_t x) { return emu::atomic_add_global(word, x); }
 
 FMHA_DEVICE void mbarrier_init(uint32_t bar, int arrivals) { emu::mbarrier_init(bar, arrivals); }

@@ -11,6 +11,16 @@ namespace fmha {
 // uniform.
 FMHA_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// smem_base() as a constant, with which addresses and descriptors fold; ptxas has the same number, but adds the rank of
+// the CTA in its cluster wherever it is used, which takes an S2UR and its latency. For kernels without clusters.
+FMHA_DEVICE uint32_t smem_base_constant() {
+    constexpr uint32_t kBase = 1024;  // what the system keeps for itself comes first
+    if (smem_base() != kBase) {
+        asm volatile("trap;");
+    }
+    return kBase;
+}
+
 // Adds to a word in global memory; returns what it held before.
 FMHA_DEVICE uint32_t atomic_add_global(uint32_t* word, uint32_t x) { return atomicAdd(word, x); }
 
