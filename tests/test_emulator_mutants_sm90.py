@@ -29,7 +29,10 @@ WAIT_PV = r"wgmma_wait<0>\(\);  // only now[^\n]*\n"
 
 MUTANTS = {
     "barriers not shown to the copy engine": mutant(
-        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init"
+        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init", "smem_sm90.cuh"
+    ),
+    "lanes read an assignment that lane 0 releases": mutant(
+        r"if \(lane == 0\) \{(?=\s*a = ld_shared_v4)", "{", "race", "smem_sm90.cuh", "fmha_fwd_sm90a_bf16_d160"
     ),
     "barriers used before they are initialised": mutant(
         r"(smem\.init_barriers\(\);\s*\}\s*)sync_cta\(\);",

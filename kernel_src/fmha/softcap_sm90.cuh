@@ -46,9 +46,9 @@ FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
     }
 }
 
-// Softmax of capped scores. For a tile without masked scores whose cap hardly bends, cap, scale and the subtraction of the
-// maximum are one polynomial of five instructions a score: the largest |score| shows at once that the polynomial is good
-// there and that no maximum grows, for a cap keeps the order and makes nothing larger.
+// Softmax of capped scores. For a tile without masked scores whose cap hardly bends, cap, scale and the subtraction of
+// the maximum are one polynomial of five instructions a score: the largest |score| shows at once that the polynomial is
+// good there and that no maximum grows, for a cap keeps the order and makes nothing larger.
 template <int kHeadroom>
 struct CappedSoftmax : LazySoftmax<kHeadroom> {
     static constexpr float kReach = 0.5f;    // of |x|, where the polynomial is within 6e-7 of tanh(x)

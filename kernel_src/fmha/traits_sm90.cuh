@@ -57,8 +57,8 @@ struct FwdSm90Traits {
     static constexpr int kConsumerRegs = kPlainConsumerRegs - (kMoreToProducer ? 8 : 0);
 
     // The maximum of a row is kept until it grows by 2^kHeadroom (lazy_softmax.cuh). With few columns the rounding of a
-    // row's largest weight shows: a small headroom has nearly all the speed of a large one, and a weight that towers over
-    // the others is still exactly 1.
+    // row's largest weight shows: a small headroom has nearly all the speed of a large one, and a weight that towers
+    // over the others is still exactly 1.
     static constexpr int kHeadroom = kHeadDimV >= 64 ? 8 : 2;
 
     static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
