@@ -502,17 +502,18 @@ def plan(
 
 
 def prepare(problem: Problem, *, device: int = 0) -> None:
-    """Loads the kernel of a problem onto a GPU ahead of its first call, for example before a graph capture. Of one with
-    a packed mask also the kernel that packs.
+    """Loads the kernels of a problem onto a GPU ahead of its first call, for example before a graph capture: its own,
+    those that calls with fewer sequences, queries or keys take, and for a packed mask the one that packs.
 
     Args:
-        problem: what will be asked; its arch must be the device's.
+        problem: the largest call that will be asked; its arch must be the device's.
         device: CUDA device index.
 
     Raises:
         UnsupportedProblem, KernelNotBuilt, ArtifactError, DriverError: as ``attention``.
     """
-    launch.load(dispatch.choose(problem).spec, device=f"cuda:{device}")
+    for spec in dispatch.kernels(problem):
+        launch.load(spec, device=f"cuda:{device}")
     if problem.mask is Mask.PACKED:
         mask_packer.prepare(device)
 

@@ -113,7 +113,7 @@ def _selectable(command: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(
         names: tuple[str, ...], op: Any, arch: Any, dtype: Any, head_dim: Any, mask: Any,
-        score: Any, paged: bool | None, **rest: Any,
+        score: Any, paged: bool | None, short: bool | None, **rest: Any,
     ) -> Any:  # fmt: skip
         chosen = Selection(
             names=names,
@@ -124,12 +124,14 @@ def _selectable(command: Callable[..., Any]) -> Callable[..., Any]:
             mask=tuple(map(Mask, mask)),
             score=tuple(map(Score, score)),
             kv=() if paged is None else (KvLayout.PAGED if paged else KvLayout.CONTIGUOUS,),
+            short=() if short is None else (short,),
         )
         return command(chosen, **rest)
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     call.__click_params__ = list(getattr(command, "__click_params__", ()))  # type: ignore[attr-defined]
     for decorate in (
+        click.option("--short/--no-short", default=None, help="Cut for short sequences, or not."),
         click.option("--paged/--no-paged", default=None, help="K and V in pages, or not."),
         _choice("--score", Score, "What happens to a score before the softmax."),
         _choice("--mask", Mask, "Mask family; band is full, causal and window."),
@@ -380,7 +382,8 @@ def bench(
 @click.option("--build-only", is_flag=True, help="Build them into the cache; needs no GPU.")
 @click.option("--tile", "tiles", multiple=True, metavar="TILE", help="Only these and the catalogue's: 128x176, ...")
 @click.option("--plain-grid", is_flag=True, help="Time Hopper's also with one CTA a query tile.")
-@click.option("--seqlens", metavar="N,N,...", help="Default: 512,2048,16384, each full and causal.")
+@click.option("--seqlens", metavar="N,N,...", help="Default: 512,2048,16384 (short rows: 512,1024), "
+              "full and causal.")  # fmt: skip
 @click.option("--against", default="cudnn", show_default=True, metavar="NAME,NAME,...", help="As for bench.")
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at once.")
 @click.option("--seconds", type=click.FloatRange(1), default=1200.0, show_default=True)
@@ -411,7 +414,7 @@ def tune(
     record = tuner.run(
         specs,
         tiles=tiles,
-        lengths=selection.lengths(seqlens) if seqlens else tuner.LENGTHS,
+        lengths=selection.lengths(seqlens) if seqlens else None,
         peers=against.split(","),
         jobs=jobs,
         seconds=seconds,

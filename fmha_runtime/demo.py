@@ -131,13 +131,13 @@ def _build(dtype: DType, device: str) -> None:
     arch = Arch.for_capability(*driver.capability(0))
     if arch is None:
         raise DriverError("no kernels for this GPU; `--device emulator` runs without it")
-    spec = dispatch.choose(dispatch.Problem(arch, dtype, HEAD_DIM, HEAD_DIM)).spec
-    with _step(f"kernel {spec.name} (nvcc)"):
-        if manifest.find(spec) is None:
-            with BuildProgress() as progress:
-                (result,) = build.build([spec], on_event=progress)
-            if result.error is not None:
-                raise result.error
+    for spec in dispatch.kernels(dispatch.Problem(arch, dtype, HEAD_DIM, HEAD_DIM)):
+        with _step(f"kernel {spec.name} (nvcc)"):
+            if manifest.find(spec) is None:
+                with BuildProgress() as progress:
+                    (result,) = build.build([spec], on_event=progress)
+                if result.error is not None:
+                    raise result.error
 
 
 def _model(device: str) -> tuple[Any, Any]:

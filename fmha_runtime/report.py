@@ -58,6 +58,7 @@ def axes(spec: KernelSpec) -> dict[str, Any]:
         "mask": spec.mask.value,
         "score": spec.score.value,
         "kv": spec.kv.value,
+        "short": spec.short,
     }
 
 

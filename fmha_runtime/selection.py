@@ -36,12 +36,14 @@ class Selection:
     mask: tuple[Mask, ...] = ()
     score: tuple[Score, ...] = ()
     kv: tuple[KvLayout, ...] = ()
+    short: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         words = list(self.names)
-        for field in fields(self)[1:]:
+        for field in fields(self)[1:-1]:
             chosen = [getattr(value, "value", value) for value in getattr(self, field.name)]
             words += [f"{field.name} {' or '.join(chosen)}"] if chosen else []
+        words += ["short" if short else "not short" for short in self.short]
         return ", ".join(words) or "everything"
 
     def kernels(self) -> tuple[KernelSpec, ...]:
@@ -73,7 +75,7 @@ class Selection:
         if self.head_dim:
             dims = [_dims(word) for word in self.head_dim]
             tests.append(lambda spec: any(spec.head_dim == d and dv in (None, spec.head_dim_v) for d, dv in dims))
-        for axis in ("op", "arch", "dtype", "mask", "score", "kv"):
+        for axis in ("op", "arch", "dtype", "mask", "score", "kv", "short"):
             allowed = getattr(self, axis)
             if allowed:
                 tests.append(lambda spec, a=axis, v=allowed: getattr(spec, a) in v)  # type: ignore[misc]
@@ -133,8 +135,8 @@ _FORM = (
 def problem(words: Sequence[str], arch: Arch) -> Problem:
     """The problem that words such as ``sq=1 sk=4096 h=32 hk=8 d=128 dtype=bf16 causal`` describe.
 
-    ``d`` and ``dtype`` are needed, except with ``op=pack``; lengths and heads default to 1, ``sk`` to ``sq``, ``hk`` to
-    ``h``.
+    ``d`` and ``dtype`` are needed, except with ``op=pack``; counts default to 1, ``hk`` to ``h``, ``sk`` to ``sq``, and
+    without either to any number.
 
     Raises:
         InputError: a word is unknown, lacks its value, or ``d`` or ``dtype`` is missing.
@@ -163,7 +165,7 @@ def problem(words: Sequence[str], arch: Arch) -> Problem:
     missing = [word for word, name in (("d", "head_dim"), ("dtype", "dtype")) if name not in asked]
     if missing:
         raise InputError(f"{' and '.join(f'{word}=' for word in missing)} is missing; {_FORM}")
-    asked.setdefault("seqlen_k", asked.get("seqlen_q", 1))
+    asked.setdefault("seqlen_k", asked.get("seqlen_q"))
     asked.setdefault("heads_k", asked.get("heads", 1))
     if asked["heads_k"] == 0 or asked.get("heads", 1) % asked["heads_k"]:
         raise InputError(

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel: a frozen value that is a pure function of its name, and the reverse.
 
-``fmha op arch dtype dHEAD[xV] [packed] [alibi|softcap] [paged]`` joined by underscores is the entry point, the file
-stem, the table key and what a profiler shows. Kernels that pack masks have no head dim: ``fmha_pack_sm90_u8``. Tile
-numbers are not in it: see catalog.py.
+``fmha op arch dtype dHEAD[xV] [packed] [alibi|softcap] [paged] [short]`` joined by underscores is the entry point, the
+file stem, the table key and what a profiler shows. Kernels that pack masks have no head dim: ``fmha_pack_sm90_u8``.
+Tile numbers are not in it: see catalog.py.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from .errors import InputError
@@ -108,13 +108,16 @@ HEAD_DIMS: tuple[tuple[int, int], ...] = (
 
 _NAME = re.compile(
     r"fmha_(?P<op>[a-z]+)_(?P<arch>sm\d+a?)_(?P<dtype>[a-z0-9]+)(?:_d(?P<d>\d+)(?:x(?P<dv>\d+))?)?"
-    r"(?P<packed>_packed)?(?:_(?P<score>alibi|softcap))?(?P<paged>_paged)?"
+    r"(?P<packed>_packed)?(?:_(?P<score>alibi|softcap))?(?P<paged>_paged)?(?P<short>_short)?"
 )
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel of the table, by what it computes. Head dims are 0 where there are none."""
+    """One kernel of the table, by what it computes. Head dims are 0 where there are none.
+
+    ``short`` says nothing about what is computed: it is the twin of the kernel without it, cut for short sequences.
+    """
 
     op: Op
     arch: Arch
@@ -124,6 +127,7 @@ class KernelSpec:
     mask: Mask = Mask.BAND
     score: Score = Score.PLAIN
     kv: KvLayout = KvLayout.CONTIGUOUS
+    short: bool = False
 
     @property
     def name(self) -> str:
@@ -135,10 +139,16 @@ class KernelSpec:
         words += [self.mask.value] if self.mask is not Mask.BAND else []
         words += [self.score.value] if self.score is not Score.PLAIN else []
         words += [self.kv.value] if self.kv is not KvLayout.CONTIGUOUS else []
+        words += ["short"] if self.short else []
         return "_".join(words)
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def long(self) -> KernelSpec:
+        """The kernel that computes the same and is not cut for short sequences: itself, or its twin."""
+        return replace(self, short=False)
 
     @classmethod
     def parse(cls, name: str) -> KernelSpec:
@@ -161,12 +171,13 @@ class KernelSpec:
                 Mask.PACKED if found["packed"] else Mask.BAND,
                 Score(found["score"] or "plain"),
                 KvLayout.PAGED if found["paged"] else KvLayout.CONTIGUOUS,
+                found["short"] is not None,
             )
             if spec.name != name:  # d64x64, d064, no head dim or one too many: one spelling a kernel
                 raise ValueError
         except ValueError:
             raise InputError(
                 f"{name!r} is not a kernel name; the form is fmha_OP_ARCH_DTYPE_dHEAD[xV][_packed]"
-                "[_alibi|_softcap][_paged], for example fmha_fwd_sm90_bf16_d128"
+                "[_alibi|_softcap][_paged][_short], for example fmha_fwd_sm90_bf16_d128"
             ) from None
         return spec

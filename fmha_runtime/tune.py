@@ -26,6 +26,7 @@ from .tune_variants import variants
 from .tune_worker import PLAIN, Job
 
 LENGTHS = (512, 2048, 16384)
+SHORT_LENGTHS = (512, 1024)
 PAGE = 64
 START_SECONDS = 120.0  # of a process: importing torch, opening the GPU, the tensors of the first cell
 Say = Callable[[str], None]
@@ -33,8 +34,12 @@ Talk = Callable[[str, Job, float], Iterator[tuple[Any, ...]]]
 """Runs a job somewhere and hands out its messages: a ``Worker``, or what a test puts in its place."""
 
 
-def cells_for(spec: KernelSpec, lengths: Sequence[int] = LENGTHS) -> tuple[Cell, ...]:
-    """Where a kernel is timed: full and causal at each length (a packed mask: causal)."""
+def cells_for(spec: KernelSpec, lengths: Sequence[int] | None = None) -> tuple[Cell, ...]:
+    """Where a kernel is timed: full and causal at each length (a packed mask: causal).
+
+    Without ``lengths``: at ``LENGTHS``, or ``SHORT_LENGTHS`` for a short row.
+    """
+    lengths = lengths or (SHORT_LENGTHS if spec.short else LENGTHS)
     masks = (True,) if spec.mask is Mask.PACKED else (False, True)
     return tuple(
         Cell(
@@ -54,13 +59,15 @@ def build_all(
 ) -> dict[tuple[KernelSpec, Tile], Outcome]:
     """Build variants into the cache, spills allowed; an outcome each, "ok" or "not built".
 
+    Those of a short row are built under its long twin's name, on which dispatch forces tiles.
+
     Raises:
         ToolchainError: there is no nvcc.
     """
 
     def one(item: tuple[KernelSpec, Tile]) -> Outcome:
         spec, tile = item
-        (result,) = build.build([spec], tile=tile, jobs=1, spills=True)
+        (result,) = build.build([spec.long], tile=tile, jobs=1, spills=True)
         if result.row is None:
             return Outcome(str(tile), "not built", str(result.error))
         row = result.row
@@ -79,7 +86,7 @@ def run(
     specs: Sequence[KernelSpec],
     *,
     tiles: Sequence[str] = (),
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     peers: Sequence[str] = ("cudnn",),
     device: int = 0,
     jobs: int | None = None,
@@ -93,6 +100,7 @@ def run(
 
     Args:
         tiles: only these, and the catalogue's (see forced_tile.parse); default ``tune_variants.variants``.
+        lengths: tokens at which all are timed; default as for ``cells_for``.
         seconds: a cap on all: kernels that were not reached are left out, and noted in the record.
         timeout: of one variant's check, and of its first runs in a cell.
         plain_grid: time Hopper's variants with one CTA a query tile as well, as "TILE plain".
@@ -115,12 +123,17 @@ def run(
                 skipped.append(spec.name)
                 continue
             mine = [outcome for (of, _), outcome in outcomes.items() if of == spec]
-            job = Job(spec.name, (), cells_for(spec, lengths), found, f"cuda:{device}", reps)
+            job = Job(spec.long.name, (), cells_for(spec, lengths), found, f"cuda:{device}", reps)
             tuned.append(tune_kernel(spec, mine, job, timeout, worker, say, plain_grid=plain_grid))
     meta = {
         **{"gpu": info.name, "capability": list(info.capability), "driver": info.driver_version},
         **{"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": ledger.commit()},
-        **{"lengths": list(lengths), "reps": reps, "missing": missing, "not_reached": skipped},
+        **{
+            "lengths": sorted({cell.seqlen for spec in specs for cell in cells_for(spec, lengths)}),
+            "reps": reps,
+            "missing": missing,
+            "not_reached": skipped,
+        },
         **{"seconds": round(time.monotonic() - begin, 1)},
     }
     return TuneRecord(meta, tuple(tuned))

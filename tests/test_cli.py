@@ -61,7 +61,7 @@ def test_list_shows_the_whole_catalogue():
     assert f"{len(catalog.enumerate_specs())} in catalogue" in result.stderr
 
 
-PLAIN = ["--mask", "band", "--score", "plain", "--no-paged"]
+PLAIN = ["--mask", "band", "--score", "plain", "--no-paged", "--no-short"]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,10 @@ PLAIN = ["--mask", "band", "--score", "plain", "--no-paged"]
         (["fmha_fwd_sm8?_*_d64"], 6),
         ([SMALL], 1),
         ([*PLAIN, "--op", "fwd"], 156),
+        (["--short"], 14),
+        (["--short", "--head-dim", "64"], 2),
+        (["--no-short", "--head-dim", "64", "--arch", "sm90a"], 16),
+        (["--no-short", "--op", "pack"], 5),
         (["--op", "pack"], 5),
         (["--op", "pack", "--arch", "sm90"], 1),
     ],
@@ -166,6 +170,20 @@ def test_explain_names_the_kernel_and_the_reasons():
     assert result.exit_code == 0
     assert re.search(r"^chosen +fmha_fwd_sm90a_bf16_d128 ", result.stdout, re.MULTILINE)
     assert re.search(r"^rejected +fmha_fwd_sm90_bf16_d128 +computes the same", result.stdout, re.MULTILINE)
+
+
+def test_explain_tells_short_from_long():
+    for words, name in (("sk=1024", "d64_short"), ("sk=1025", "d64"), ("sq=9", "d64_short"), ("h=4", "d64")):
+        result = fmha("explain", "d=64", "dtype=bf16", words, "--arch", "sm90", "--json")
+        assert json.loads(result.stdout)["items"][0]["chosen"] == f"fmha_fwd_sm90a_bf16_{name}"
+    result = fmha("explain", "d=64", "dtype=bf16", "--arch", "sm90")
+    assert "1 x any tokens" in result.stdout
+    assert "fmha_fwd_sm90a_bf16_d64_short  computes the same; is cut for up to 1024 keys" in result.stdout
+
+
+def test_nothing_short_is_selected():
+    result = fmha("list", "--short", "--arch", "sm80")
+    assert result.exit_code == 2 and "arch sm80, short" in result.stderr
 
 
 def test_explain_json():

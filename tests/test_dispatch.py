@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from fmha_runtime import catalog, dispatch
+from fmha_runtime import api, catalog, dispatch
 from fmha_runtime.dispatch import Problem
-from fmha_runtime.errors import UnsupportedProblem
-from fmha_runtime.spec import Arch, DType, Mask, Op, Score
+from fmha_runtime.errors import InputError, UnsupportedProblem
+from fmha_runtime.spec import Arch, DType, KvLayout, Mask, Op, Score
 
 
 def problem(**kw):
@@ -21,7 +21,7 @@ def test_every_row_is_chosen_for_its_own_problem(spec):
     device = Arch.for_capability(*spec.arch.capability)
     own = problem(
         op=spec.op, arch=device, dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v,
-        mask=spec.mask, score=spec.score, kv=spec.kv,
+        mask=spec.mask, score=spec.score, kv=spec.kv, seqlen_k=1 if spec.short else None,
     )  # fmt: skip
     found = dispatch.trace(own)
     if found.chosen != spec:  # only where another target of the same GPU is measured faster
@@ -30,6 +30,124 @@ def test_every_row_is_chosen_for_its_own_problem(spec):
             dict(found.rejected)[spec]
             == "computes the same; sm90a kernels come first on this GPU (measured from 512 tokens up)"
         )
+
+
+SHORT, LONG = "fmha_fwd_sm90a_bf16_d64_short", "fmha_fwd_sm90a_bf16_d64"
+
+
+def d64(**kw):
+    return problem(**{"head_dim": 64, "head_dim_v": 64, **kw})
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        ({"seqlen_k": 0}, SHORT),
+        ({"seqlen_k": 1024}, SHORT),
+        ({"seqlen_k": 1025}, LONG),
+        ({"seqlen_k": None}, LONG),
+        ({"seqlen_k": 1024, "seqlen_q": 5000}, SHORT),
+        ({"seqlen_k": 1025, "seqlen_q": 1}, LONG),
+        ({"seqlen_k": 1024, "causal": True, "window": (None, 0)}, SHORT),
+        ({"seqlen_k": 1024, "varlen": True, "batch": 9}, SHORT),
+        ({"seqlen_k": 1025, "varlen": True, "batch": 9}, LONG),
+        ({"seqlen_k": 1024, "heads": 32, "heads_k": 4}, SHORT),
+        ({"seqlen_k": 1024, "arch": Arch.SM90A}, SHORT),
+        ({"seqlen_k": 1025, "arch": Arch.SM90A}, LONG),
+        ({"seqlen_k": 9, "score": Score.ALIBI}, f"{LONG}_alibi"),
+        ({"seqlen_k": 9, "score": Score.SOFTCAP}, f"{LONG}_softcap"),
+        ({"seqlen_k": 9, "mask": Mask.PACKED}, f"{LONG}_packed"),
+        ({"seqlen_k": 9, "kv": KvLayout.PAGED}, f"{LONG}_paged"),
+        ({"seqlen_k": 9, "arch": Arch.SM80}, "fmha_fwd_sm80_bf16_d64"),
+        ({"seqlen_k": 9, "head_dim": 72, "head_dim_v": 72}, "fmha_fwd_sm90a_bf16_d72"),
+        ({"seqlen_k": 9, "head_dim": 192, "head_dim_v": 128}, "fmha_fwd_sm90a_bf16_d192x128"),
+    ],
+    ids=str,
+)
+def test_short_rows_are_for_few_keys(change, name):
+    assert dispatch.choose(d64(**change)).spec.name == name
+
+
+def test_the_twin_that_was_passed_over_says_why():
+    reasons = {spec.name: why for spec, why in dispatch.trace(d64(seqlen_k=1024)).rejected}
+    assert reasons[LONG] == "computes the same; up to 1024 keys its short twin is faster"
+    assert "sm90a kernels come first" in reasons["fmha_fwd_sm90_bf16_d64"]
+    reasons = {spec.name: why for spec, why in dispatch.trace(d64(seqlen_k=1025)).rejected}
+    assert reasons[SHORT] == "computes the same; is cut for up to 1024 keys"
+
+
+def decoding(**kw):
+    return d64(**{"kv": KvLayout.PAGED, "batch": 8, "heads": 32, "heads_k": 8, "seqlen_k": 2048, **kw})
+
+
+@pytest.mark.parametrize(
+    "change,arch",
+    [
+        ({}, Arch.SM90),
+        ({"seqlen_q": 64}, Arch.SM90),
+        ({"seqlen_q": 65}, Arch.SM90A),
+        ({"batch": 256, "heads": 1, "heads_k": 1}, Arch.SM90),
+        ({"batch": 255, "heads": 1, "heads_k": 1}, Arch.SM90A),
+        ({"batch": 1}, Arch.SM90A),
+        ({"seqlen_k": 16384}, Arch.SM90),
+        ({"seqlen_k": 100}, Arch.SM90),
+        ({"head_dim": 128, "head_dim_v": 128}, Arch.SM90A),
+        ({"head_dim": 32, "head_dim_v": 32}, Arch.SM90A),
+        ({"kv": KvLayout.CONTIGUOUS}, Arch.SM90A),
+        ({"arch": Arch.SM90A}, Arch.SM90A),  # a device with one target, such as the emulator's
+        ({"arch": Arch.SM80}, Arch.SM80),
+    ],
+    ids=str,
+)
+def test_decoding_in_large_batches_at_head_dim_64_is_for_mma_kernels(change, arch):
+    assert dispatch.choose(decoding(**change)).spec.arch is arch
+
+
+def test_the_decode_preference_is_explained_and_can_be_overruled():
+    found = dispatch.trace(decoding())
+    name = f"{LONG}_paged"
+    why = {spec.name: why for spec, why in found.rejected}[name]
+    assert why.startswith("computes the same; sm90 kernels are faster with pages, head dim 64")
+    assert dispatch.choose(decoding(), "sm90a").spec.name == name
+    assert dispatch.choose(decoding(batch=1), "sm90").spec.name == name.replace("sm90a", "sm90")
+
+
+def test_the_walk_is_remembered_whatever_the_lengths():
+    dispatch._walk.cache_clear()
+    for n in range(1, 3000, 7):
+        dispatch.choose(d64(seqlen_k=n, seqlen_q=n, batch=n))
+        dispatch.choose(decoding(seqlen_k=n, seqlen_q=n, batch=n))
+    assert dispatch._walk.cache_info().currsize <= 6
+
+
+def test_kernels_of_all_smaller_problems():
+    assert [s.name for s in dispatch.kernels(d64())] == [LONG, SHORT]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=4096))] == [LONG, SHORT]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=512))] == [SHORT]
+    assert [s.name for s in dispatch.kernels(problem())] == ["fmha_fwd_sm90a_bf16_d128"]
+    both = [s.arch for s in dispatch.kernels(decoding(seqlen_q=500))]
+    assert both == [Arch.SM90A, Arch.SM90]
+    assert [s.arch for s in dispatch.kernels(decoding(batch=1))] == [Arch.SM90A]
+
+
+def test_a_calls_key_count_is_the_bound_that_the_host_knows():
+    torch = pytest.importorskip("torch")
+    q, long = torch.zeros(2, 3, 4, 64).bfloat16(), torch.zeros(2, 1030, 2, 64).bfloat16()
+    where = {"device": "emulator:sm90a"}
+    few = torch.tensor([5, 6], dtype=torch.int32)
+    assert api.explain(q, long, long, seqused_k=few, **where).chosen.name == LONG
+    assert api.explain(q, long[:, :1024], long[:, :1024], causal=True, **where).chosen.name == SHORT
+    tokens = long.flatten(0, 1)
+    lengths = {
+        "cu_seqlens_q": torch.tensor([0, 3, 6], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 1030, 2060], dtype=torch.int32),
+        "max_seqlen_q": 3,
+    }
+    for bound, name in ((1024, SHORT), (1030, LONG)):
+        found = api.explain(q.flatten(0, 1), tokens, tokens, max_seqlen_k=bound, **lengths, **where)
+        assert found.chosen.name == name
+    with pytest.raises(InputError, match="max_seqlen_k"):
+        api.explain(q.flatten(0, 1), tokens, tokens, **lengths, **where)
 
 
 def test_runtime_values_do_not_change_the_kernel():

@@ -82,6 +82,21 @@ def test_a_target_can_be_forced() -> None:
         dispatch.choose(Problem(Arch.SM90, DType.BF16, 24, 24), "128x64")
 
 
+def test_a_forced_target_follows_the_same_rules_and_a_forced_tile_is_the_long_twins() -> None:
+    few, many = (Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_k=n) for n in (1024, 1025))
+    long = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
+    assert dispatch.choose(few, "sm90a").spec.name == "fmha_fwd_sm90a_bf16_d64_short"
+    assert dispatch.choose(many, "sm90a").spec == long
+    assert dispatch.choose(few, "sm90").spec.name == "fmha_fwd_sm90_bf16_d64"
+    for text in ("128x64", "sm90a 128x64"):
+        one, other = dispatch.choose(few, text), dispatch.choose(many, text)
+        assert (one.spec, one.tile) == (other.spec, other.tile) == (long, forced_tile.parse(long, "128x64"))
+        assert one.trace.rejected[0][1] == "the caller forced a tile" and one.trace.rejected[0][0].short
+        assert long not in dict(one.trace.rejected)
+    with pytest.raises(InputError, match="targets that compute this on sm90: sm90a, sm90"):
+        dispatch.choose(few, "sm80")
+
+
 def test_a_forced_target_needs_a_kernel() -> None:
     packed = Problem(Arch.SM80, DType.BF16, 128, 128, mask=Mask.PACKED)
     with pytest.raises(InputError, match="sm90a"):

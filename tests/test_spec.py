@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -19,11 +20,23 @@ SM_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
 
 def test_catalogue_is_every_dtype_and_head_dim_of_every_arch():
     forward = [s for s in SPECS if s.op is Op.FWD]
-    assert len(forward) == 6 * 2 * 13 * 8  # targets, dtypes, head dims, features
+    long = [s for s in forward if not s.short]
+    assert len(long) == 6 * 2 * 13 * 8  # targets, dtypes, head dims, features
     assert {(s.arch, s.dtype, s.head_dim, s.head_dim_v) for s in forward} == {
         (arch, dtype, *dims) for arch in Arch for dtype in (DType.FP16, DType.BF16) for dims in HEAD_DIMS
     }
     assert [s.name for s in SPECS] == sorted({s.name for s in SPECS})
+
+
+def test_short_rows_are_other_cuts_of_plain_hopper_kernels():
+    short = [s for s in SPECS if s.short]
+    dims = (40, 48, 64, 80, 96, 160, 192)
+    assert {s.name for s in short} == {f"fmha_fwd_sm90a_{t}_d{d}_short" for t in ("bf16", "fp16") for d in dims}
+    for spec in short:
+        assert spec.long in SPECS and spec.long.long == spec.long and not spec.long.short
+        assert catalog.tile(spec) != catalog.tile(spec.long)
+        for change in ({"score": Score.ALIBI}, {"mask": Mask.PACKED}, {"kv": KvLayout.PAGED}, {"arch": Arch.SM90}):
+            assert catalog.exists(replace(spec.long, **change)) and not catalog.exists(replace(spec, **change))
 
 
 def test_each_family_of_archs_packs_masks():
@@ -38,10 +51,10 @@ def test_enumeration_of_one_arch(arch):
 
 
 def test_parse_is_the_inverse_of_name():
-    axes = (Arch, DType, HEAD_DIMS, Mask, Score, KvLayout)
+    axes = (Arch, DType, HEAD_DIMS, Mask, Score, KvLayout, (False, True))
     specs = [
-        KernelSpec(Op.FWD, arch, dtype, *dims, mask, score, kv)
-        for arch, dtype, dims, mask, score, kv in itertools.product(*axes)
+        KernelSpec(Op.FWD, arch, dtype, *dims, mask, score, kv, short)
+        for arch, dtype, dims, mask, score, kv, short in itertools.product(*axes)
     ]
     specs += [KernelSpec(Op.PACK, arch, dtype, 0, 0) for arch in Arch for dtype in DType]
     assert [KernelSpec.parse(spec.name) for spec in specs] == specs
@@ -58,6 +71,9 @@ def test_parse_is_the_inverse_of_name():
         "fmha_fwd_sm90_bf16_packed",
         "fmha_pack_sm90_u8_d64",
         "fmha_pack_sm90_u8_packed",
+        "fmha_pack_sm90_u8_short",
+        "fmha_fwd_sm90a_bf16_d64_short_paged",
+        "fmha_fwd_sm90a_bf16_d64_long",
         "fmha_fwd_sm90_bf16_d064",
         "fmha_fwd_sm75_bf16_d64",
         "fmha_fwd_sm90_fp32_d64",

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import catalog, cli, driver, tune, tune_worker
+from fmha_runtime import catalog, cli, dispatch, driver, manifest, tune, tune_worker
 from fmha_runtime.catalog import Tile
+from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord
@@ -56,6 +57,20 @@ def test_candidates_can_be_named() -> None:
     assert [str(t) for t in tune.candidates(HOPPER, ["128x176 s2", str(own)])] == [str(own), "128x176 w12 s2 c1"]
     with pytest.raises(InputError, match="not understood"):
         tune.candidates(HOPPER, ["wide"])
+
+
+def test_a_short_row_is_timed_where_it_is_used() -> None:
+    spec = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_short")
+    assert [cell.seqlen for cell in tune.cells_for(spec)] == [512, 512, 1024, 1024]
+    assert [cell.seqlen for cell in tune.cells_for(spec, (2048,))] == [2048, 2048]
+    assert variants(spec)[0] == catalog.tile(spec) != catalog.tile(spec.long)
+
+
+def test_a_short_rows_variants_are_built_where_dispatch_looks_for_them(own_cache, fake_nvcc) -> None:
+    spec, tile = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_short"), Tile.parse("128x64 w12 s3 c1")
+    assert tune.build_all([(spec, tile)])[spec, tile].state == "ok"
+    row = manifest.find_tile(dispatch.choose(Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_k=9), str(tile)).spec, tile)
+    assert row is not None and row.tile == tile
 
 
 def test_a_kernel_is_timed_with_its_features() -> None:

@@ -368,7 +368,13 @@ def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.Monk
         verify.sanitizer_argv("memcheck", [])
 
 
-@pytest.mark.parametrize("name", ["fmha_fwd_sm80_fp16_d40", "fmha_fwd_sm80_bf16_d64"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fmha_fwd_sm80_fp16_d40", "fmha_fwd_sm80_bf16_d64"),
+        *("fmha_fwd_sm90a_bf16_d64_short", "fmha_fwd_sm90a_fp16_d192_short"),
+    ],
+)
 def test_kernels_are_right_on_the_emulator(name: str) -> None:
     found = verify.verify_kernel(KernelSpec.parse(name), device="emulator", quick=True)
     assert found.ok, "\n".join(found.lines())

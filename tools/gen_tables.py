@@ -38,11 +38,13 @@ def support(root: Path) -> str:
     records = ledger.load(root / "cubins" / "verified.json")
     rows = [["head dim", "features", *(arch.value for arch in Arch)]]
     everything = [s for s in catalog.enumerate_specs() if s.op is Op.FWD]
-    sets = dict.fromkeys(sorted((features(s) for s in everything), key=lambda x: (len(x), x)))
+    sets = dict.fromkeys(sorted((features(s) for s in everything), key=lambda x: ("short" in x, len(x), x)))
     for words_of in sets:
         alike: dict[tuple[str, ...], list[str]] = {}  # head dims whose cells are the same share a row
         for d, dv in HEAD_DIMS:
             specs = [s for s in everything if (s.head_dim, s.head_dim_v) == (d, dv) and features(s) == words_of]
+            if not specs:  # short rows are there for some head dims only
+                continue
             cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
             alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
         rows += [[", ".join(dims), " ".join(words_of) or "plain", *cells] for cells, dims in alike.items()]
@@ -54,6 +56,10 @@ def support(root: Path) -> str:
         "GPU; **ptx**: its PTX did, through the driver's JIT on a newer GPU; **emulator**: its "
         "source did, on the CPU emulator only; **stale**: the source or tile changed since a GPU "
         "ran it; **unverified**: no record."
+    )
+    short = sum(spec.short for spec in everything)
+    legend += (
+        f" *short*: {short} kernels that compute what their plain twins do, cut for up to {catalog.SHORT_KEYS} keys."
     )
     where = f" Verified on: {', '.join(devices)}." if devices else ""
     return f"{_markdown(rows)}\n\n{legend}{where}"
