@@ -95,8 +95,8 @@ _HOPPER_TILES: dict[tuple[int, int], str] = {
     (80, 80): "192x112 w16 s3 c1",
     (96, 96): "192x96 w16 s3 c1",
     (104, 104): "192x96 w16 s3 c1",
-    (128, 128): "128x128 w12 s3 c1",
-    (160, 160): "128x112 w12 s2 c1",
+    (128, 128): "192x64 w16 s4 c1",
+    (160, 160): "192x64 w16 s3 c1",
     (192, 192): "128x112 w12 s2 c1",
     (256, 256): "128x80 w12 s2 c1",
     (192, 128): "128x128 w12 s2 c1",
@@ -108,13 +108,15 @@ SHORT_KEYS = 1024
 # Cuts of Hopper's plain kernels that are faster where tiles are few, and 5 to 18 % slower at 16k tokens. Measured on an
 # H200 on 2026-11-21: bf16, 512 tokens, TFLOP/s full/causal, the long cut -> this one.
 _HOPPER_SHORT_TILES: dict[tuple[int, int], str] = {
-    (40, 40): "256x64 w20 s6 c1",  # 257/170 -> 283/190
-    (48, 48): "256x64 w20 s6 c1",  # 305/201 -> 344/228
-    (64, 64): "256x64 w20 s4 c1",  # 401/247 -> 424/286
-    (80, 80): "256x48 w20 s4 c1",  # 366/227 -> 393/258
-    (96, 96): "256x48 w20 s3 c1",  # 396/264 -> 419/270
-    (160, 160): "128x64 w12 s3 c1",  # 431/273 -> 449/295
-    (192, 192): "128x64 w12 s3 c1",  # 447/286 -> 481/314
+    (32, 32): "256x64 w20 s8 c1",  # 246/159 -> 266/179
+    (40, 40): "256x64 w20 s6 c1",  # 279/177 -> 294/193
+    (48, 48): "256x64 w20 s6 c1",  # 321/210 -> 345/230
+    (64, 64): "256x64 w20 s4 c1",  # 411/254 -> 429/292
+    (80, 80): "256x48 w20 s4 c1",  # 376/231 -> 403/262
+    (96, 96): "192x64 w16 s4 c1",  # 408/267 -> 453/299
+    (104, 104): "192x64 w16 s4 c1",  # 376/248 -> 407/261
+    (160, 160): "128x64 w12 s3 c1",  # 461/288 -> 473/307
+    (192, 192): "128x64 w12 s3 c1",  # 473/298 -> 508/327
 }
 
 # The cap needs registers: with the plain cut these would spill.
@@ -125,6 +127,8 @@ _HOPPER_SOFTCAP_TILES: dict[tuple[int, int], str] = {
     (80, 80): "192x112 w16 s2 c1",
     (96, 96): "192x80 w16 s3 c1",
     (104, 104): "192x80 w16 s3 c1",
+    (128, 128): "128x128 w12 s3 c1",
+    (160, 160): "128x112 w12 s2 c1",
 }
 
 # Where packed masks and pages want another cut, chosen by "no spills" and not timed yet. The first of
@@ -135,6 +139,8 @@ _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((40, 40), "packed"): "256x64 w20 s6 c1",
     ((48, 48), "packed"): "256x64 w20 s6 c1",
     ((72, 72), "packed contiguous"): "192x112 w16 s3 c1",
+    ((128, 128), "packed"): "128x128 w12 s3 c1",
+    ((160, 160), "packed"): "128x112 w12 s2 c1",
     ((192, 192), "packed"): "128x96 w12 s2 c1",
     ((256, 256), "packed"): "128x64 w12 s2 c1",
     ((32, 32), "softcap paged"): "192x96 w16 s3 c1",
@@ -150,6 +156,7 @@ _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((64, 64), "paged"): "192x96 w16 s3 c1",
     ((72, 72), "paged"): "192x96 w16 s3 c1",
     ((80, 80), "paged"): "192x96 w16 s3 c1",
+    ((128, 128), "paged"): "128x128 w12 s3 c1",
     ((160, 160), "paged"): "128x96 w12 s2 c1",
     ((192, 192), "paged"): "128x96 w12 s2 c1",
     ((256, 256), "paged"): "128x64 w12 s2 c1",
