@@ -252,9 +252,9 @@ def _torch_device(device: str) -> str:
 
 
 def _launcher(spec: KernelSpec, device: str, via: str) -> Runner:
-    from . import launch
+    from . import launch, loader
 
-    kernel = launch.load(spec, device=device, via=via)
+    kernel = loader.load(spec, device=device, via=via)
     if spec.op is Op.PACK:
         from . import mask_packer
 

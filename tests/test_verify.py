@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import launch, reference, verify, verify_cases
+from fmha_runtime import launch, loader, reference, verify, verify_cases
 from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
 from fmha_runtime.spec import KernelSpec
 from fmha_runtime.verify_cases import cases
@@ -240,7 +240,7 @@ def test_an_lse_that_is_not_the_one_passed_is_caught() -> None:
 
 
 def test_a_tensor_for_the_lse_is_checked() -> None:
-    kernel = launch.load(SPEC, device="emulator")
+    kernel = loader.load(SPEC, device="emulator")
     q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
     room = torch.full((200,), 7.0)
     _, lse = launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
