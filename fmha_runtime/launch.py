@@ -46,10 +46,10 @@ class Plan:
 
     # Look-ups in an object with more than 30 attributes are slow without.
     __slots__ = (
-        "__weakref__", "_argument", "_argument_address", "_bare", "_block", "_current_device", "_current_stream",
+        "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream",
         "_debug", "_device", "_empty", "_emulated", "_extras_key", "_guard", "_guards_left", "_lengths", "_lock",
-        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_smem", "_threads", "_torch", "geometry",
-        "grid", "kernel", "options", "shape", "spec", "tile",
+        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_smem", "_start", "_threads", "_torch",
+        "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
     )  # fmt: skip
 
     def __init__(
@@ -129,7 +129,8 @@ class Plan:
             self._encode_maps(block.tma, (q, k, v))
         self._block = block
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        self._argument_address = ctypes.addressof(self._argument)
+        if not self._emulated:
+            self._bind()
 
     def __str__(self) -> str:
         return f"{self.spec.name} tile {self.tile} grid {self.grid} smem {self._smem} {self.shape} {self.options}"
@@ -139,12 +140,18 @@ class Plan:
         sms = emulated_launch.SMS if self._emulated else driver.sm_count(self._device)
         return min(self.grid, sms * self.tile.ctas_per_sm)
 
+    def _bind(self) -> None:
+        argument = ctypes.addressof(self._argument)
+        self._start = self.kernel.bound(self.grid, self._threads, self._smem, argument)
+
     def use_plain_grid(self) -> None:
         """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
         if isinstance(self._block, FwdSm90Params):
             p = self._params
             self.grid = self._block.tma.ctas = p.m_blocks * p.batch * p.heads
             self._queued, self._block.queue = False, None
+            if not self._emulated:
+                self._bind()
 
     def _encode_maps(self, block: FwdTmaParams, operands: tuple[torch.Tensor, ...]) -> None:
         """Tensor maps of q, k and v. Where there are no keys, nothing is loaded, but the kernel still prefetches its
@@ -302,7 +309,7 @@ class Plan:
         ``lse`` is a contiguous tensor to write instead of a new one; only with ``return_lse``. ``guarded`` says that q,
         k and v passed a guard (``tensors.guard``), so that none of them requires a gradient.
 
-        All of a warm call is in this one function: a microsecond is ten more of them.
+        Nearly all of a warm call is in this one function: ten more of them are a microsecond.
         """
         if (
             (not guarded and (q.requires_grad or k.requires_grad or v.requires_grad))
@@ -328,8 +335,7 @@ class Plan:
                 tensors.check_address(name, tensor)
         if self._debug:  # before the launch, so that the call that crashes is the last line
             print(f"fmha: {self}", file=sys.stderr, flush=True)
-        self._lock.acquire()  # half the price of `with`
-        try:
+        with self._lock:  # not acquire() and try, at half the price: an interrupt between the two would keep it locked
             if extras is NO_EXTRAS:
                 params.write_addresses(
                     self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
@@ -365,14 +371,12 @@ class Plan:
                 except DriverError as error:
                     driver.bind_after(error, self._device)
                     self._enqueue(stream)
-        finally:
-            self._lock.release()
         return out if lse is None else (out, lse)
 
     def _enqueue(self, stream: int) -> None:
         if self._queued:
             self._block.queue = driver.queue_word(self._device, stream)
-        self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
+        self._start(stream)
 
 
 def _allocator() -> Any:
