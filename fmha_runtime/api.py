@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, driver, interop, launch, mask_packer, reference, tensors, torch_ops
+from . import call, dispatch, driver, interop, launch, loader, mask_packer, reference, tensors, torch_ops
 from .call import NO_EXTRAS, Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError, UnsupportedProblem
@@ -366,7 +366,7 @@ def _make_plan(
     opts = call.options(**options)
     if fallback not in (None, "torch"):
         raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
-    emulated = launch.emulated_arch(device)
+    emulated = loader.emulated_arch(device)
     if emulated is None and device is not None:
         raise InputError(f"device is {device!r}; None (where the tensors are), 'emulator' or 'emulator:ARCH' is needed")
     if emulated is not None and q.device.type != "cpu":
@@ -391,7 +391,7 @@ def _make_plan(
 
         stream = torch.cuda.current_stream(q.device).cuda_stream
     forced = None if tile is None else choice.tile
-    kernel = launch.load(choice.spec, device=where, tile=forced, stream=stream or 0)
+    kernel = loader.load(choice.spec, device=where, tile=forced, stream=stream or 0)
     cu_q, cu_k, _, _, used, _ = lengths
     return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras, (cu_q, cu_k, used))
 
@@ -513,7 +513,7 @@ def prepare(problem: Problem, *, device: int = 0) -> None:
         UnsupportedProblem, KernelNotBuilt, ArtifactError, DriverError: as ``attention``.
     """
     for spec in dispatch.kernels(problem):
-        launch.load(spec, device=f"cuda:{device}")
+        loader.load(spec, device=f"cuda:{device}")
     if problem.mask is Mask.PACKED:
         mask_packer.prepare(device)
 
@@ -559,7 +559,7 @@ def explain(
     extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     shape = _checked(q, k, v, lengths, extras)
     opts = call.options(causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk)
-    emulated = launch.emulated_arch(device)
+    emulated = loader.emulated_arch(device)
     on_cpu = q.device.type == "cpu"
     arch = emulated or (Arch.SM80 if on_cpu else _arch(q.device.index))
     return dispatch.trace(_problem(arch, q, shape, opts, extras), tile)

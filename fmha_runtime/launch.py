@@ -14,21 +14,18 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import build, call, catalog, config, driver, emulator, manifest, params, tensor_map, tensors
+from . import call, catalog, config, driver, emulated_launch, emulator, params, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
 from .catalog import Tile
-from .errors import BuildError, DriverError, EmulatorFault, InputError, KernelNotBuilt, UnsupportedProblem
+from .errors import DriverError, InputError, UnsupportedProblem
+from .loader import Kernel
 from .packed_mask import PackedMask, pack
 from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
-from .spec import Arch, KernelSpec
+from .spec import KernelSpec
 
 if TYPE_CHECKING:
     import torch
 
-Kernel = Any  # driver.Kernel or emulator.Kernel: the same interface, no common base needed
-
-EMULATED_L2 = 16 << 20
-EMULATED_SMS = 2
 LOG2_E = math.log2(math.e)
 NO_BACKWARD = (
     "an input requires a gradient and there is no backward kernel yet: call under torch.no_grad() or "
@@ -36,91 +33,9 @@ NO_BACKWARD = (
 )
 
 
-def emulated_arch(device: object) -> Arch | None:
-    """The arch that ``device="emulator"`` or ``"emulator:sm90"`` names; None when it is no emulator.
-
-    Raises:
-        InputError: an emulator of an unknown arch.
-    """
-    if not isinstance(device, str) or not device.startswith("emulator"):
-        return None
-    word = device.removeprefix("emulator").removeprefix(":") or Arch.SM80.value
-    try:
-        return Arch(word)
-    except ValueError:
-        raise InputError(
-            f"device is {device!r}; 'emulator' or 'emulator:ARCH' with one of "
-            f"{', '.join(a.value for a in Arch)} is needed"
-        ) from None
-
-
-def load(
-    spec: KernelSpec,
-    *,
-    device: str = "cuda:0",
-    via: str = "cubin",
-    tile: Tile | None = None,
-    stream: int = 0,
-) -> Kernel:
-    """A kernel ready to launch.
-
-    Args:
-        spec: which kernel.
-        device: "cuda:N" or "emulator".
-        via: "cubin", or "ptx" to compile PTX and let the driver's JIT finish it (runs an older arch's kernel on a
-            newer GPU, for verification).
-        tile: forced, for experiments; a cubin of it is built when there is none.
-        stream: the stream of the coming launch (see driver.load).
-
-    Raises:
-        KernelNotBuilt: no current cubin; FMHA_BUILD_ON_DEMAND=1 builds it instead.
-        ArtifactError, DriverError, BuildError, ToolchainError: see the modules that do the work.
-    """
-    if emulated_arch(device) is not None:
-        return emulator.load(spec, tile)
-    index = int(device.partition(":")[2] or 0)
-    smem = catalog.smem_bytes(spec, tile or catalog.tile(spec))
-    size = ctypes.sizeof(params.block_type(spec))
-    if via == "ptx":
-        image = build.compile_ptx(spec, tile)
-    elif via == "cubin":
-        image = manifest.load_image(_built(spec) if tile is None else _built_with(spec, tile))
-    else:
-        raise InputError(f"via is {via!r}; 'cubin' or 'ptx' is needed")
-    return driver.load(image, spec.name, index, smem, size, stream)
-
-
-def _built(spec: KernelSpec) -> manifest.KernelRow:
-    row = manifest.find(spec)
-    if row is not None:
-        return row
-    command = f"fmha build {spec.name}"
-    if config.build_on_demand():
-        (result,) = build.build([spec])
-        if result.error is not None:
-            raise result.error
-        row = manifest.find(spec)
-        if row is not None:
-            return row
-    state = manifest.state(spec)
-    raise KernelNotBuilt(
-        f"{spec.name} is {state.word}: {state.reason}. Build it with\n  {command}\n"
-        "or set FMHA_BUILD_ON_DEMAND=1 to build missing kernels at their first use.",
-        name=spec.name,
-        command=command,
-    )
-
-
-def _built_with(spec: KernelSpec, tile: Tile) -> manifest.KernelRow:
-    """A cubin of a forced tile. Asking for one is asking for its build, spills and all."""
-    row = manifest.find_tile(spec, tile)
-    if row is None:
-        (result,) = build.build([spec], tile=tile, spills=True)
-        if result.error is not None:
-            raise BuildError(f"tile {tile} cannot be built: {result.error}", command=result.command, log=result.log)
-        row = result.row
-    assert row is not None
-    return row
+GUARDS = 8
+"""How often a plan makes a guard of its geometry: a guard also tells inference mode and autocast from plain calls, and
+a program that goes back and forth between them is not to pay for a new one each time."""
 
 
 class Plan:
@@ -128,6 +43,14 @@ class Plan:
 
     Runs of one plan from several threads are serialised for the microseconds that filling and launching take.
     """
+
+    # Look-ups in an object with more than 30 attributes are slow without.
+    __slots__ = (
+        "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream",
+        "_debug", "_device", "_empty", "_emulated", "_extras_key", "_guard", "_guards_left", "_lengths", "_lock",
+        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_smem", "_start", "_threads", "_torch",
+        "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -148,20 +71,22 @@ class Plan:
         self.spec, self.tile, self.kernel, self.shape, self.options = spec, tile, kernel, shape, opts
         self._extras_key = extras.key
         self._lengths = tuple(None if t is None else tensors.geometry(t) for t in lengths)
-        self._no_lengths = self._lengths == (None, None, None)
+        self._bare = self._extras_key is None and self._lengths == (None, None, None)  # no optional tensors
         self._debug = config.debug()
         self.geometry = (*tensors.geometry(q), *tensors.geometry(k), *tensors.geometry(v))
+        self._guard, self._guards_left = tensors.no_guard, GUARDS
         self._lock = threading.Lock()
         self._threads = tile.threads
         self._smem = catalog.smem_bytes(spec, tile)
         self._emulated = isinstance(kernel, emulator.Kernel)
         self._torch = torch
-        self._device = -1
-        if not self._emulated:  # bound once: each look-up would cost every call
-            self._device = kernel.device
+        if self._emulated:
+            self._device, self._empty = -1, emulated_launch.empty
+            self._current_device, self._current_stream = (lambda: -1), (lambda device: 0)
+        else:  # bound once: each look-up would cost every call
+            self._device, self._empty = kernel.device, _allocator()
             self._current_device = torch._C._cuda_getDevice
             self._current_stream = torch._C._cuda_getCurrentRawStream
-            self._empty = _allocator()
         block = params.allocate(spec)
         p = self._params = block.tma.fwd if isinstance(block, FwdSm90Params) else block
         strides = tuple(out.stride()) if out is not None else _contiguous(shape.out)
@@ -204,15 +129,20 @@ class Plan:
             self._encode_maps(block.tma, (q, k, v))
         self._block = block
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        self._argument_address = ctypes.addressof(self._argument)
+        if not self._emulated:
+            self._bind()
 
     def __str__(self) -> str:
         return f"{self.spec.name} tile {self.tile} grid {self.grid} smem {self._smem} {self.shape} {self.options}"
 
     def _ctas(self) -> int:
         """CTAs of a Hopper kernel: as many as fit the GPU at once, each of which works through several tiles."""
-        sms = EMULATED_SMS if self._emulated else driver.sm_count(self._device)
+        sms = emulated_launch.SMS if self._emulated else driver.sm_count(self._device)
         return min(self.grid, sms * self.tile.ctas_per_sm)
+
+    def _bind(self) -> None:
+        argument = ctypes.addressof(self._argument)
+        self._start = self.kernel.bound(self.grid, self._threads, self._smem, argument)
 
     def use_plain_grid(self) -> None:
         """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
@@ -220,6 +150,8 @@ class Plan:
             p = self._params
             self.grid = self._block.tma.ctas = p.m_blocks * p.batch * p.heads
             self._queued, self._block.queue = False, None
+            if not self._emulated:
+                self._bind()
 
     def _encode_maps(self, block: FwdTmaParams, operands: tuple[torch.Tensor, ...]) -> None:
         """Tensor maps of q, k and v. Where there are no keys, nothing is loaded, but the kernel still prefetches its
@@ -267,7 +199,7 @@ class Plan:
         """Query heads that run side by side: as many as keep their K and V in a quarter of the L2."""
         s = self.shape
         kv_bytes = s.seqlen_k * (s.head_dim + s.head_dim_v) * self.spec.dtype.itemsize
-        l2 = EMULATED_L2 if self._emulated else driver.l2_bytes(self._device) // 4
+        l2 = emulated_launch.L2_BYTES if self._emulated else driver.l2_bytes(self._device) // 4
         kv_heads = max(1, l2 // max(1, kv_bytes))
         return int(min(max(1, s.batch * s.heads), kv_heads * (s.heads // s.heads_k)))
 
@@ -296,24 +228,34 @@ class Plan:
         Raises:
             InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
-        if (
-            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
-            v.dtype, v.device,
-        ) != self.geometry:  # fmt: skip
-            self._refuse(q, k, v)
+        guarded = self._guard(q, k, v)
+        if not guarded:
+            self._compare(q, k, v)
         if out is not None and ((out.shape, out.stride(), out.dtype) != self._out or out.device != q.device):
             raise InputError(
                 f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; this plan writes "
                 f"{self._out[2]} {self._out[0]} with strides {self._out[1]} on {q.device}"
             )
-        if not (cu_seqlens_q is cu_seqlens_k is seqused_k is None and self._no_lengths):
-            self._check_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k)
         extras = NO_EXTRAS
-        if not (alibi_slopes is sinks is page_table is mask is None):
-            extras = Extras(alibi_slopes, sinks, page_table, mask)
-        if extras is not NO_EXTRAS or self._extras_key is not None:
+        if not (
+            self._bare
+            and cu_seqlens_q is cu_seqlens_k is seqused_k is alibi_slopes is sinks is page_table is mask is None
+        ):
+            self._check_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k)
+            if not (alibi_slopes is sinks is page_table is mask is None):
+                extras = Extras(alibi_slopes, sinks, page_table, mask)
             self._check_extras(extras)
-        return self.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras)
+        return self.launch(
+            q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, None, guarded
+        )
+
+    def _compare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The geometry of tensors that the guard does not know, and a guard that knows them, where one can be had."""
+        if (*tensors.geometry(q), *tensors.geometry(k), *tensors.geometry(v)) != self.geometry:
+            self._refuse(q, k, v)
+        if self._guards_left:
+            self._guards_left -= 1
+            self._guard = tensors.guard(q, k, v)
 
     def _check_lengths(self, *given: torch.Tensor | None) -> None:
         for name, tensor, planned in zip(
@@ -360,31 +302,70 @@ class Plan:
         stream: int | None,
         extras: Extras = NO_EXTRAS,
         lse: torch.Tensor | None = None,
+        guarded: bool = False,
     ) -> Any:
         """``run`` without the geometry check, for callers that looked the plan up by geometry.
 
-        ``lse`` is a contiguous tensor to write instead of a new one; only with ``return_lse``.
+        ``lse`` is a contiguous tensor to write instead of a new one; only with ``return_lse``. ``guarded`` says that q,
+        k and v passed a guard (``tensors.guard``), so that none of them requires a gradient.
+
+        Nearly all of a warm call is in this one function: ten more of them are a microsecond.
         """
         if (
-            q.requires_grad or k.requires_grad or v.requires_grad or (extras is not NO_EXTRAS and extras.requires_grad)
+            (not guarded and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or (extras is not NO_EXTRAS and extras.requires_grad)
         ) and self._torch.is_grad_enabled():
             raise UnsupportedProblem(NO_BACKWARD)
-        if self._emulated:
-            return self._emulate(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, extras, lse)
         if self._current_device() != self._device:
             with self._torch.cuda.device(self._device):
                 return self.launch(
-                    q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse
+                    q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse, guarded
                 )  # fmt: skip
         if out is None:
             out = self._empty(*self._out)
         if return_lse and lse is None:
             lse = self._empty(*self._lse)
-        if self.grid:
-            if stream is None:
-                stream = self._current_stream(self._device)
-            with self._lock:
-                self._fill(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, extras)
+        if not self.grid:
+            return out if lse is None else (out, lse)
+        if stream is None:
+            stream = self._current_stream(self._device)
+        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        if (q_at | k_at | v_at | out_at) & 15:
+            for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+                tensors.check_address(name, tensor)
+        if self._debug:  # before the launch, so that the call that crashes is the last line
+            print(f"fmha: {self}", file=sys.stderr, flush=True)
+        with self._lock:  # not acquire() and try, at half the price: an interrupt between the two would keep it locked
+            if extras is NO_EXTRAS:
+                params.write_addresses(
+                    self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
+                    0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+                    0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+                    0 if seqused_k is None else seqused_k.data_ptr(),
+                )  # fmt: skip
+            else:
+                mask, slopes, sinks, table = extras.mask, extras.alibi_slopes, extras.sinks, extras.page_table
+                params.write_all_addresses(
+                    self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
+                    0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+                    0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+                    0 if seqused_k is None else seqused_k.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+                    0 if slopes is None else slopes.data_ptr(), 0 if table is None else table.data_ptr(),
+                    0 if mask is None else mask.words.data_ptr(), 0 if mask is None else mask.any.data_ptr(),
+                )  # fmt: skip
+            if self._map_words:
+                q_word, k_word, v_word = self._map_words
+                q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
+            elif self._maps:
+                replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
+                for slot, address in zip(self._maps, (q_at, k_at, v_at), strict=True):
+                    replace(slot, address)
+            if self._emulated:
+                read = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
+                emulated_launch.launch(
+                    self.kernel, self.grid, self._threads, self._smem, self._block, self._queued, read, (out, lse)
+                )
+            else:
                 try:
                     self._enqueue(stream)
                 except DriverError as error:
@@ -395,70 +376,7 @@ class Plan:
     def _enqueue(self, stream: int) -> None:
         if self._queued:
             self._block.queue = driver.queue_word(self._device, stream)
-        self.kernel.launch(self.grid, self._threads, self._smem, stream, self._argument_address)
-
-    def _emulate(
-        self, q: Any, k: Any, v: Any, out: Any, return_lse: bool, cu_q: Any, cu_k: Any, used: Any, extras: Extras,
-        lse: Any,
-    ) -> Any:  # fmt: skip
-        if out is None:
-            shape, strides, dtype = self._out
-            out = self._torch.empty_strided(shape, strides, dtype=dtype)
-            out.fill_(float("nan"))  # what a kernel forgets to write shows
-        if return_lse and lse is None:
-            shape, strides, dtype = self._lse
-            lse = self._torch.empty_strided(shape, strides, dtype=dtype)
-        if self.grid:
-            buffers = [
-                (t.data_ptr(), tensors.extent_bytes(t), writable)
-                for group, writable in (((q, k, v, cu_q, cu_k, used, *extras.tensors), False), ((out, lse), True))
-                for t in group
-                if t is not None
-            ]
-            queue = ctypes.c_uint32(0)
-            with self._lock:
-                self._fill(q, k, v, out, lse, cu_q, cu_k, used, extras)
-                if self._queued:
-                    self._block.queue = ctypes.addressof(queue)
-                    buffers.append((self._block.queue, 4, True))
-                block = ctypes.addressof(self._block)
-                self.kernel.launch(self.grid, self._threads, self._smem, 0, block, buffers)
-            if queue.value:
-                raise EmulatorFault(f"kernel {self.spec.name} left its tile queue at {queue.value}, not at 0 again")
-        return out if lse is None else (out, lse)
-
-    def _fill(
-        self, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any, used: Any, extras: Extras
-    ) -> None:
-        """Writes every address of this run into the parameter block; the caller holds the lock."""
-        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        if (q_at | k_at | v_at | out_at) & 15:
-            for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-                tensors.check_address(name, tensor)
-        if self._debug:  # before the launch, so that the call that crashes is the last line
-            print(f"fmha: {self}", file=sys.stderr, flush=True)
-        if extras is NO_EXTRAS:
-            params.write_addresses(
-                self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
-                0 if cu_q is None else cu_q.data_ptr(), 0 if cu_k is None else cu_k.data_ptr(),
-                0 if used is None else used.data_ptr(),
-            )  # fmt: skip
-        else:
-            mask, slopes, sinks, table = extras.mask, extras.alibi_slopes, extras.sinks, extras.page_table
-            params.write_all_addresses(
-                self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
-                0 if cu_q is None else cu_q.data_ptr(), 0 if cu_k is None else cu_k.data_ptr(),
-                0 if used is None else used.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
-                0 if slopes is None else slopes.data_ptr(), 0 if table is None else table.data_ptr(),
-                0 if mask is None else mask.words.data_ptr(), 0 if mask is None else mask.any.data_ptr(),
-            )  # fmt: skip
-        if self._map_words:
-            q_word, k_word, v_word = self._map_words
-            q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
-        elif self._maps:
-            replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
-            for slot, address in zip(self._maps, (q_at, k_at, v_at), strict=True):
-                replace(slot, address)
+        self._start(stream)
 
 
 def _allocator() -> Any:

@@ -11,7 +11,7 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, dispatch, driver, emulator, interop, launch, packed_mask, params, tensors
+from . import catalog, dispatch, driver, emulator, interop, loader, packed_mask, params, tensors
 from .catalog import Tile
 from .dispatch import Problem
 from .errors import DriverError, InputError, UnsupportedProblem
@@ -95,12 +95,12 @@ _kernels: dict[int, Any] = {}  # by device
 def _loaded(index: int, stream: int) -> Any:
     kernel = _kernels.get(index)
     if kernel is None:
-        kernel = _kernels[index] = launch.load(spec_for(index), device=f"cuda:{index}", stream=stream)
+        kernel = _kernels[index] = loader.load(spec_for(index), device=f"cuda:{index}", stream=stream)
     return kernel
 
 
 def run(
-    kernel: launch.Kernel,
+    kernel: loader.Kernel,
     mask: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None = None,
     *,
@@ -151,7 +151,7 @@ def _as_bytes(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
-    kernel: launch.Kernel,
+    kernel: loader.Kernel,
     grid: int,
     tile: Tile,
     p: params.PackMaskParams,

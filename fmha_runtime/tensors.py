@@ -7,6 +7,7 @@ head dim whose rows start on 16-byte boundaries (cp.async and TMA move 16 bytes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
@@ -25,6 +26,34 @@ MAX_SEQLEN = 1 << 29
 def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What a plan depends on: shape, strides, dtype, device."""
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def no_guard(*_: torch.Tensor) -> bool:
+    """The guard that knows nothing."""
+    return False
+
+
+def guard(*given: torch.Tensor) -> Callable[..., bool]:
+    """A quick look whether tensors have the geometry of these: dynamo's own test, in C++, in a third of the time that
+    twelve attributes take.
+
+    Returns:
+        a function of as many arguments. True: their ``geometry`` is that of ``given``, and none of them requires a
+        gradient. False: not known (other tensors, but also other kinds of tensor or another mode of torch: inference
+        tensors beside plain ones, one tensor given twice, parameters). It holds none of the tensors.
+        ``no_guard`` where there is none: a torch without it, tensors that require gradients, subclasses.
+    """
+    import torch
+
+    maker = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # private: it may go
+    if maker is None or any(type(t) is not torch.Tensor or t.requires_grad for t in given):
+        return no_guard
+    sizes, strides = [list(t.shape) for t in given], [list(t.stride()) for t in given]
+    try:  # never without the two lists: it then reads through a null pointer
+        check: Callable[..., bool] = maker(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        return check if check(*given) is True else no_guard
+    except Exception:  # a torch in which it means something else
+        return no_guard
 
 
 def dtype_of(name: str, tensor: torch.Tensor) -> DType:

@@ -103,11 +103,17 @@ def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...]:
     return verify_pack.cases() if spec.op is Op.PACK else verify_cases.cases(spec)
 
 
-def check_case(spec: KernelSpec, case: Case | PackCase, device: str, runner: Runner) -> CaseResult:
-    """Run one case with tensors on a torch device and apply every check."""
+def check_case(
+    spec: KernelSpec, case: Case | PackCase, device: str, runner: Runner, reference_device: str | None = None
+) -> CaseResult:
+    """Run one case with tensors on a torch device and apply every check.
+
+    The reference of attention is computed on ``reference_device``; None: on ``device``. That of a packed mask is
+    computed on the CPU wherever the mask is.
+    """
     if isinstance(case, PackCase):
         return verify_pack.check_case(spec, case, device, runner)
-    return verify_check.check_case(spec, case, device, runner)
+    return verify_check.check_case(spec, case, device, runner, reference_device)
 
 
 def parse_case(text: str) -> tuple[KernelSpec, int]:
@@ -252,9 +258,9 @@ def _torch_device(device: str) -> str:
 
 
 def _launcher(spec: KernelSpec, device: str, via: str) -> Runner:
-    from . import launch
+    from . import launch, loader
 
-    kernel = launch.load(spec, device=device, via=via)
+    kernel = loader.load(spec, device=device, via=via)
     if spec.op is Op.PACK:
         from . import mask_packer
 

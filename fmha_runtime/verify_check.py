@@ -76,12 +76,17 @@ class CaseResult:
         return self.max_error / self.allowed
 
 
-def check_case(spec: KernelSpec, case: Case, device: str, runner: Runner) -> CaseResult:
-    """Run one case with tensors on a torch device and apply every check."""
+def check_case(
+    spec: KernelSpec, case: Case, device: str, runner: Runner, reference_device: str | None = None
+) -> CaseResult:
+    """Run one case with tensors on a torch device and apply every check.
+
+    The reference is computed, and the results are compared with it, on ``reference_device``; None: on ``device``.
+    """
     begin = time.perf_counter()
     given = inputs(spec, case, device)
     try:
-        result = _Check(spec, case, given, runner).result()
+        result = _Check(spec, case, given, runner, reference_device or device).result()
     except (EmulatorFault, DriverError, RuntimeError) as error:
         failure = Failure("fault", f"{type(error).__name__}: {error}")
         result = CaseResult(case, "FAIL", failures=(failure,), allowed=1.0, max_error=math.inf)
@@ -91,11 +96,12 @@ def check_case(spec: KernelSpec, case: Case, device: str, runner: Runner) -> Cas
 class _Check:
     """The checks of one case; collects failures."""
 
-    def __init__(self, spec: KernelSpec, case: Case, given: Inputs, runner: Runner) -> None:
+    def __init__(self, spec: KernelSpec, case: Case, given: Inputs, runner: Runner, reference_device: str) -> None:
         self.spec = spec
         self.case = case
         self.given = given
         self.runner = runner
+        self.reference_device = reference_device
         self.failures: list[Failure] = []
         self.rows = sum(case.lens_q) if case.varlen else case.lens_q[0]
 
@@ -110,10 +116,11 @@ class _Check:
         got, got_lse = self._inside(got), self._inside_lse(got_lse)
         ref, ref_lse = self._reference(reference.attention, reference.attention_varlen)
         base, _ = self._reference(reference.baseline, reference.baseline_varlen)
-        max_error, allowed = self._check_output(got, ref, base)
-        rel_l2 = self._check_l2(got, ref)
-        self._check_empty_rows(got, ref_lse)
-        lse_error = self._check_lse(got_lse, ref_lse)
+        there, there_lse = got.to(self.reference_device), got_lse.to(self.reference_device)
+        max_error, allowed = self._check_output(there, ref, base)
+        rel_l2 = self._check_l2(there, ref)
+        self._check_empty_rows(there, ref_lse)
+        lse_error = self._check_lse(there_lse, ref_lse)
         # Another buffer and no LSE must not change a bit. On a GPU neither may the same call again,
         # where a race would show; the emulator's order of events is fixed.
         self._check_repeat("without LSE", self._inside(self.run(return_lse=False)), got)
@@ -146,11 +153,15 @@ class _Check:
         return asked | self.given.features
 
     def _reference(self, dense: Callable[..., Any], varlen: Callable[..., Any]) -> Any:
+        def there(x: Any) -> Any:
+            return x.to(self.reference_device) if hasattr(x, "to") else x
+
         given = self.given
+        q, k, v, cu_q, cu_k = map(there, (given.q, given.k, given.v, given.cu_seqlens_q, given.cu_seqlens_k))
+        options = {name: there(value) for name, value in self._options().items()}
         if not self.case.varlen:
-            return dense(given.q, given.k, given.v, **self._options())
-        lengths = (given.cu_seqlens_q, given.cu_seqlens_k)
-        out, lse = varlen(given.q, given.k, given.v, *lengths, **self._options())
+            return dense(q, k, v, **options)
+        out, lse = varlen(q, k, v, cu_q, cu_k, **options)
         return self._inside(out), self._inside_lse(lse)
 
     def _inside(self, x: Tensor) -> Tensor:

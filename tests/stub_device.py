@@ -22,14 +22,20 @@ class _Kernel:
     def __init__(self, spec, stub):
         self.name, self.device, self._stub, self._block = spec.name, 0, stub, params.block_type(spec)
 
+    def bound(self, grid, threads, smem, argument):
+        fields = {"name": self.name, "grid": grid, "threads": threads, "smem": smem}
+
+        def start(stream):
+            if self._stub.refusals:
+                raise self._stub.refusals.pop(0)
+            at = ctypes.c_void_p.from_address(argument).value
+            block = self._block.from_buffer_copy((ctypes.c_char * ctypes.sizeof(self._block)).from_address(at))
+            self._stub.launches.append(SimpleNamespace(**fields, stream=stream, block=block, device=self._stub.current))
+
+        return start
+
     def launch(self, grid, threads, smem, stream, argument):
-        if self._stub.refusals:
-            raise self._stub.refusals.pop(0)
-        block = self._block.from_buffer_copy(
-            (ctypes.c_char * ctypes.sizeof(self._block)).from_address(ctypes.c_void_p.from_address(argument).value)
-        )
-        fields = {"name": self.name, "grid": grid, "threads": threads, "smem": smem, "stream": stream, "block": block}
-        self._stub.launches.append(SimpleNamespace(**fields, device=self._stub.current))
+        self.bound(grid, threads, smem, argument)(stream)
 
 
 class StubDevice:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from types import SimpleNamespace
 
@@ -38,6 +39,45 @@ def test_a_whole_image_passes():
 def test_truncated_images_are_refused(image):
     with pytest.raises(ArtifactError, match=r"truncated.*fmha build --force k"):
         driver._check_whole("k", image)
+
+
+class Queue:
+    """Stands for cuLaunchKernelEx: notes the block that it is given."""
+
+    def __init__(self, status=0):
+        self.status, self.seen = status, []
+
+    def __call__(self, config, function, params, extra):
+        self.seen.append((ctypes.string_at(config, ctypes.sizeof(driver._LaunchConfig)), function, params, extra))
+        return self.status
+
+
+def test_a_bound_launch_fills_the_drivers_struct(monkeypatch):
+    api = pytest.importorskip("cuda.bindings.driver")
+    queue = Queue()
+    monkeypatch.setattr(driver, "_api", lambda: api)
+    monkeypatch.setattr(driver, "_launch_ex", lambda: queue)
+    start = driver.Kernel("k", 0, None, api.CUfunction(0x5000), 0).bound(7, 384, 1000, 0x6000)
+    for stream in (0x51, 0):
+        start(stream)
+        want = api.CUlaunchConfig()
+        want.gridDimX, want.gridDimY, want.gridDimZ = 7, 1, 1
+        want.blockDimX, want.blockDimY, want.blockDimZ = 384, 1, 1
+        want.sharedMemBytes, want.hStream = 1000, stream
+        named = ctypes.string_at(want.getPtr(), ctypes.sizeof(driver._LaunchConfig))
+        assert queue.seen.pop() == (named, 0x5000, 0x6000, None)
+
+
+def test_a_bound_launch_says_what_the_driver_says(monkeypatch):
+    api = pytest.importorskip("cuda.bindings.driver")
+    stub = SimpleNamespace(
+        CUresult=api.CUresult, cuLaunchKernel=None, cuGetErrorString=lambda status: (0, b"no context")
+    )
+    monkeypatch.setattr(driver, "_api", lambda: stub)
+    monkeypatch.setattr(driver, "_launch_ex", lambda: Queue(driver.INVALID_CONTEXT))
+    with pytest.raises(DriverError, match=r"launch of k failed: CUDA_ERROR_INVALID_CONTEXT \(no context\)") as caught:
+        driver.Kernel("k", 0, None, 0x5000, 0).bound(7, 384, 1000, 0x6000)(0)
+    assert caught.value.code == driver.INVALID_CONTEXT
 
 
 def test_whether_a_stream_is_captured(monkeypatch):

@@ -6,7 +6,9 @@ from __future__ import annotations
 import ctypes
 import runpy
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,7 @@ torch = pytest.importorskip("torch")
 from stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import driver, params, tensor_map  # noqa: E402
+from fmha_runtime import driver, launch, params, tensor_map, tensors  # noqa: E402
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.spec import Arch  # noqa: E402
 
@@ -228,6 +230,90 @@ def test_gradients_are_refused_by_calls_and_plans(stub, which):
             run(**given)
 
 
+GUARDED = hasattr(torch._C._dynamo.guards, "TensorGuards")
+needs_guards = pytest.mark.skipif(not GUARDED, reason="this torch has no TensorGuards")
+
+
+@needs_guards
+def test_a_guard_knows_its_geometry_and_nothing_else():
+    given = qkv()
+    guard = tensors.guard(*given)
+    assert guard(*given) and guard(*qkv())
+    q, k, v = qkv()
+    for kind in ("shape", "strides", "dtype", "device"):
+        for i in range(3):
+            assert not guard(*(other(t, kind) if i == j else t for j, t in enumerate((q, k, v)))), (kind, i)
+    assert not guard(torch.as_strided(q, q.shape, (7, *q.stride()[1:])), k, v)  # the stride of an axis of length 1
+    assert not guard(q.clone().requires_grad_(), k, v)
+    assert not guard(torch.nn.Parameter(q, requires_grad=False), k, v)  # not known is no harm
+    assert not guard(q, k, k)
+    assert guard(q, k, v)
+    v.resize_(1, 64, 8, 128)
+    assert not guard(q, k, v)
+
+
+@needs_guards
+def test_a_guard_holds_in_the_mode_in_which_it_was_made_and_holds_no_tensor():
+    given = qkv()
+    plain = tensors.guard(*given)
+    with torch.no_grad():
+        assert plain(*given)
+    with torch.inference_mode():
+        inference = tensors.guard(*qkv())
+        assert inference(*qkv()) and not inference(*given) and not plain(*given)
+        assert tensors.guard(*given)(*given)
+    assert not inference(*given) and plain(*given)
+    gone = weakref.ref(given[0])
+    del given
+    assert gone() is None
+
+
+def test_where_no_guard_can_be_had(monkeypatch):
+    q, k, v = qkv()
+    assert tensors.guard(q.clone().requires_grad_(), k, v) is tensors.no_guard
+    assert tensors.guard(torch.nn.Parameter(q, requires_grad=False), k, v) is tensors.no_guard
+    assert tensors.guard(q, k, k) is tensors.no_guard  # it wants three tensors
+    for broken in (None, lambda *_, **__: 1 / 0, lambda *_, **__: SimpleNamespace(check=lambda *_: None)):
+        monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", broken, raising=False)
+        assert tensors.guard(q, k, v) is tensors.no_guard
+    assert not tensors.no_guard(q, k, v)
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_a_plan_takes_what_its_guard_does_not_know(stub, monkeypatch, guards):
+    """Modes and kinds of tensors change; the plan goes by geometry, and stops making guards after a while."""
+    made = []
+    real = tensors.guard if guards else lambda *_: tensors.no_guard
+    monkeypatch.setattr(tensors, "guard", lambda *given: made.append(given) or real(*given))
+    q, k, v = qkv()
+    plan = fmha.plan(q, k, v)
+    for _ in range(3 * launch.GUARDS):
+        plan.run(q, k, v)
+        with torch.inference_mode():
+            plan.run(*qkv())
+        plan.run(torch.nn.Parameter(q, requires_grad=False), k, k)
+    assert len(made) == launch.GUARDS and len(stub.launches) == 9 * launch.GUARDS
+    for wrong in (q[:, :64], q.half(), q.transpose(1, 2).contiguous().transpose(1, 2)):
+        with pytest.raises(fmha.InputError, match=r"^q has \(shape, strides, dtype, device\).*this plan was made for"):
+            plan.run(wrong, k, v)
+    with pytest.raises(fmha.UnsupportedProblem, match="no backward"):
+        plan.run(q.requires_grad_(), k, v)
+
+
+def test_a_guarded_tensor_may_change_in_place(stub):
+    q, k, v = qkv()
+    plan = fmha.plan(q, k, v)
+    plan.run(q, k, v), plan.run(q, k, v)
+    k.requires_grad_()
+    with pytest.raises(fmha.UnsupportedProblem, match="no backward"):
+        plan.run(q, k, v)
+    k.requires_grad_(False)
+    v.resize_(1, 64, 8, 128)
+    with pytest.raises(fmha.InputError, match=r"^v has"):
+        plan.run(q, k, v)
+    assert len(stub.launches) == 2
+
+
 def calls_of(function):
     """How many functions, Python's and C's, one run of it enters."""
     count = 0
@@ -251,7 +337,7 @@ def test_a_warm_call_stays_short(stub):
     plan = fmha.plan(q, k, v)
     fmha.attention(q, k, v), plan.run(q, k, v)
     assert calls_of(lambda: fmha.attention(q, k, v)) <= 28
-    assert calls_of(lambda: plan.run(q, k, v)) <= 23
+    assert not GUARDED or calls_of(lambda: plan.run(q, k, v)) <= 21
 
 
 def test_the_tool_that_measures_runs_every_caller(stub, monkeypatch):

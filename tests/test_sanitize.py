@@ -18,6 +18,7 @@ from fmha_runtime import catalog, driver, emulator, launch, sources, verify_pack
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.spec import KernelSpec, Op
 from fmha_runtime.verify_cases import cases
+from fmha_runtime.verify_check import CaseResult, Failure
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "sanitize.py"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the checkout")
@@ -89,6 +90,7 @@ SCRIPT = """\
 import sys
 tool, words = sys.argv[2], sys.argv[5:]
 assert sys.argv[3:5] == ["--kernel-name", "kns=fmha_"], sys.argv
+assert (["--racecheck-report", "all"] == sys.argv[7:9]) == (tool == "racecheck"), sys.argv
 mutant, quiet = "--mutant" in words, tool == "{blind}"
 if "{hangs}" in words:
     import time; time.sleep(60)
@@ -97,6 +99,27 @@ print("worker: 3 launches")
 print(f"========= ERROR SUMMARY: {{int(found)}} errors")
 sys.exit(97 if found else 0)
 """
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_run_on_the_gpu_and_references_on_the_cpu(
+    tool: Any, monkeypatch: Any, capsys: Any, wrong: bool
+) -> None:
+    asked = []
+
+    def check_case(spec: KernelSpec, case: Any, device: str, runner: Any, reference_device: str | None = None) -> Any:
+        asked.append((case.id, device, reference_device))
+        runner.launches += 1
+        failures = (Failure("output", "off"),) if wrong else ()
+        return CaseResult(case, "FAIL" if wrong else "ok", failures=failures)
+
+    monkeypatch.setattr(tool.loader, "load", lambda spec, device: None)
+    monkeypatch.setattr(tool.verify, "check_case", check_case)
+    code = tool.work(KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_packed"), "racecheck", False, False)
+    assert asked == [(i, "cuda:0", "cpu") for i in tool.CASES]
+    output = capsys.readouterr().out + CLEAN.splitlines()[-1] + "\n"
+    assert (code, tool.judge(code, output).word) == ((1, "wrong") if wrong else (0, "clean"))
+    assert ("worker: case 90: output: off" in output) == wrong
 
 
 def fake(folder: Path, monkeypatch: Any, blind: str = "-", racy: str = "-", hangs: str = "-") -> None:

@@ -129,6 +129,7 @@ api.CUdevice_attribute = Attribute()
 api.cuDriverGetVersion = lambda: (ok, 13000)
 failing = Status(3)
 failing.name = "CUDA_ERROR_NOT_INITIALIZED"
+api.CUresult = lambda code: failing
 api.cuLaunchKernel = lambda *_: (failing,)
 bindings = types.ModuleType("cuda.bindings")
 bindings.driver = api
@@ -139,9 +140,11 @@ from fmha_runtime import driver
 
 def test_cuda_is_refused_in_a_child_that_was_forked_after_it_was_initialised():
     inside = """
-    kernel = driver.Kernel("some_kernel", 0, None, None, 0)
+    kernel = driver.Kernel("some_kernel", 0, None, 0, 0)
+    driver._launch_ex = lambda: lambda *_: 3
+    start = kernel.bound(1, 32, 0, 0)
     for call in (driver.device_count, lambda: driver.capability(0), lambda: driver.load(b"", "x", 0, 0),
-                 lambda: kernel.launch(1, 32, 0, 0, 0)):
+                 lambda: kernel.launch(1, 32, 0, 0, 0), lambda: start(0)):
         try:
             call()
         except fmha.DriverError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import launch, reference, verify, verify_cases
+from fmha_runtime import launch, loader, reference, verify, verify_cases, verify_check
 from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
 from fmha_runtime.spec import KernelSpec
 from fmha_runtime.verify_cases import cases
@@ -100,6 +100,23 @@ def test_the_low_precision_baseline_itself_passes_the_max_rule() -> None:
     result = verify.check_case(SPEC, case, "cpu", run)
     assert not {f.check for f in result.failures} & {"output", "canary", "repeat", "empty rows"}
     assert result.ratio <= 0.5
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_the_reference_may_be_elsewhere(varlen: bool) -> None:
+    """Every tensor of the call goes there, and the kernel's stay where they are."""
+    spec = KernelSpec.parse("fmha_fwd_sm80_bf16_d64_packed_paged")
+    case = next(c for c in cases(spec) if c.varlen == varlen and c.used_k)
+    seen: list[Any] = []
+
+    def spy(*given: Any, **options: Any) -> Any:
+        seen.extend(x.device.type for x in (*given, *options.values()) if isinstance(x, torch.Tensor))
+        return given[0], given[0][..., 0]
+
+    given = verify_cases.inputs(spec, case, "cpu")
+    verify_check._Check(spec, case, given, spy, "meta")._reference(spy, spy)
+    assert set(seen) == {"meta"} and len(seen) >= (7 if varlen else 6)
+    assert given.q.device.type == "cpu"
 
 
 def poke(at: tuple[Any, ...], value: float) -> Callable[[Any, Any], None]:
@@ -240,7 +257,7 @@ def test_an_lse_that_is_not_the_one_passed_is_caught() -> None:
 
 
 def test_a_tensor_for_the_lse_is_checked() -> None:
-    kernel = launch.load(SPEC, device="emulator")
+    kernel = loader.load(SPEC, device="emulator")
     q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
     room = torch.full((200,), 7.0)
     _, lse = launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))

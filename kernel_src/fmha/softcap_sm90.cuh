@@ -19,7 +19,8 @@ FMHA_DEVICE float tanh_polynomial(float x) {
 }
 
 // Each ex2 and rcp takes the unit eight cycles a warp, and the softmax needs it too; the polynomial's seven
-// instructions are cheaper. One vote a tile says which it is. For tiles with masked scores, which are few.
+// instructions are cheaper. One vote a tile says which it is. For the few tiles
+// that CappedSoftmax cannot take.
 template <int kNTiles>
 FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
     float largest = 0.f;
@@ -70,13 +71,7 @@ struct CappedSoftmax : LazySoftmax<kHeadroom> {
             far |= !(x <= kReach && stays && largest <= kLargest);
         }
         if (warp_any(far)) {
-            FMHA_UNROLL
-            for (int nt = 0; nt < kNTiles; ++nt) {
-                FMHA_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    s[0][nt][i] = tanh_exp2(s[0][nt][i] * tanh_scale);
-                }
-            }
+            apply_softcap(s, tanh_scale);
             return this->template step<false>(s, shrink, scale_log2);
         }
         // tanh(x) / x in x * x, fitted like tanh_polynomial, with both scales inside.

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan does on the emulator: outputs full of NaN, and launches that know which memory may be touched."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from . import emulator, tensors
+from .errors import EmulatorFault
+
+if TYPE_CHECKING:
+    import torch
+
+L2_BYTES = 16 << 20
+"""Of a GPU's L2, what the K and V of heads that run side by side may fill."""
+
+SMS = 2
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor full of NaN: what a kernel forgets to write shows."""
+    import torch
+
+    return torch.empty_strided(shape, strides, dtype=dtype).fill_(float("nan"))
+
+
+def launch(
+    kernel: emulator.Kernel,
+    grid: int,
+    threads: int,
+    smem: int,
+    block: Any,
+    queued: bool,
+    read: Iterable[torch.Tensor | None],
+    written: Iterable[torch.Tensor | None],
+) -> None:
+    """Runs the kernel to its end.
+
+    Args:
+        block: the parameter block, addresses filled in.
+        queued: the kernel takes its tiles from a queue: its word is here.
+        read: tensors that the kernel may read.
+        written: tensors that it may read and write.
+
+    Raises:
+        EmulatorFault: the kernel did what it must not, or left its queue at another number than 0.
+    """
+    buffers = [
+        (t.data_ptr(), tensors.extent_bytes(t), writable)
+        for group, writable in ((read, False), (written, True))
+        for t in group
+        if t is not None
+    ]
+    queue = ctypes.c_uint32(0)
+    if queued:
+        block.queue = ctypes.addressof(queue)
+        buffers.append((block.queue, 4, True))
+    kernel.launch(grid, threads, smem, 0, ctypes.addressof(block), buffers)
+    if queue.value:
+        raise EmulatorFault(f"kernel {kernel.name} left its tile queue at {queue.value}, not at 0 again")
