@@ -116,6 +116,11 @@ def run(
     begin = time.monotonic()
     wanted = [(spec, tile) for spec in specs for tile in candidates(spec, tiles)]
     outcomes = build_all(wanted, jobs, say)
+    arch = Arch.for_capability(*info.capability)
+    if arch is not None and any(spec.mask is Mask.PACKED for spec in specs):  # their inputs are packed on the GPU
+        (packer,) = build.build([catalog.pack_spec(arch)])
+        if packer.error is not None:
+            raise packer.error
     tuned, skipped = [], []
     with closing(Worker()) as worker:
         for spec in specs:

@@ -19,8 +19,7 @@ FMHA_DEVICE float tanh_polynomial(float x) {
 }
 
 // Each ex2 and rcp takes the unit eight cycles a warp, and the softmax needs it too; the polynomial's seven
-// instructions are cheaper. One vote a tile says which it is. For the few tiles
-// that CappedSoftmax cannot take.
+// instructions are cheaper. One vote a tile says which it is. For the few tiles that CappedSoftmax cannot take.
 template <int kNTiles>
 FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
     float largest = 0.f;
@@ -66,7 +65,7 @@ struct CappedSoftmax : LazySoftmax<kHeadroom> {
             for (int nt = 0; nt < kNTiles; ++nt) {
                 largest = fmaxf(largest, fmaxf(fabsf(s[0][nt][half * 2]), fabsf(s[0][nt][half * 2 + 1])));
             }
-            const float x = fabsf(largest * tanh_scale);
+            const float x = largest * tanh_scale;
             const bool stays = (x - this->row_max[0][half]) * scale_log2 <= static_cast<float>(kHeadroom);
             far |= !(x <= kReach && stays && largest <= kLargest);
         }
