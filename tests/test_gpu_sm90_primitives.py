@@ -16,18 +16,16 @@ import numpy as np
 import pytest
 import torch
 from sm90_probe import (
-    TMA_CASES,
     a_registers,
     emulate,
     mn_major_steps,
     operands,
     rs_case,
-    run_tma,
-    run_tma_store,
     run_wgmma,
     ss_case,
     tile_image,
 )
+from tma_probe import TMA_CASES, run_tma, run_tma_store
 
 from fmha_runtime import build, config, driver, tensor_map
 from fmha_runtime.tensor_map import TensorMapLayout
