@@ -15,38 +15,12 @@ import numpy as np
 import torch
 from emulator_probe import aligned
 
-from fmha_runtime import emulator, tensor_map
-from fmha_runtime.params import TensorMap
-from fmha_runtime.spec import DType
-from fmha_runtime.tensor_map import Swizzle, TensorMapLayout
+from fmha_runtime import emulator
 
 MAX_STEPS = 20
 
 # launch(source, name, threads, smem, params, arrays in, arrays out)
 Launch = Callable[[str, str, int, int, ctypes.Structure, Sequence[np.ndarray], Sequence[np.ndarray]], None]
-
-TMA_SOURCE = """
-#include "params.h"
-#include <ptx/sm90.cuh>
-struct Params { fmha::TensorMap map; uint32_t* out; int32_t at[4]; uint32_t bytes; };
-FMHA_KERNEL(tma_dump, Params, 128, 1) {
-    using namespace fmha;
-    const uint32_t t = thread_idx(), smem = smem_base(), bar = smem + params.bytes;
-    if (t == 0) {
-        tma_prefetch_map(&params.map);
-        mbarrier_init(bar, 1);
-        mbarrier_init_fence();
-    }
-    sync_cta();
-    if (t == 0) {
-        mbarrier_arrive_expect(bar, params.bytes);
-        tma_load_4d(smem, &params.map, bar, params.at[0], params.at[1], params.at[2], params.at[3]);
-    }
-    mbarrier_wait(bar, 0);
-    for (uint32_t i = t * 16; i < params.bytes; i += 128 * 16)
-        st_global_v4(params.out + i / 4, ld_shared_v4(smem + i));
-}
-"""
 
 WGMMA_SOURCE = """
 #include <ptx/sm90.cuh>
@@ -88,18 +62,6 @@ FMHA_KERNEL(%(name)s, Params, 128, 1) {
     for (int i = 0; i < %(n)d / 2; ++i) st_global_f32(params.out + t * %(n)d / 2 + i, d[i]);
 }
 """
-
-
-class TmaParams(ctypes.Structure):
-    """Params of TMA_SOURCE."""
-
-    _fields_ = (
-        ("map", TensorMap),
-        ("out", ctypes.c_void_p),
-        ("at", ctypes.c_int32 * 4),
-        ("bytes", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32 * 9),
-    )
 
 
 class WgmmaParams(ctypes.Structure):
@@ -289,71 +251,3 @@ def rs_case(launch: Launch, element: str, n: int, depth: int, span: int) -> floa
     image, steps = tile_image(x.b, span), mn_major_steps(0, depth, span)
     got = run_wgmma(launch, element, n, image, steps, registers=a_registers(x.a))
     return float(np.abs(got - x.product).max())
-
-
-@dataclass(frozen=True)
-class TmaCase:
-    """A box of a [batch, rows, heads, columns] tensor."""
-
-    shape: tuple[int, int, int, int]
-    strides: tuple[int, int, int, int]
-    rows: int
-    columns: int
-    swizzle: Swizzle
-    at: tuple[int, int, int, int]  # column, row, head, batch
-
-    @property
-    def layout(self) -> TensorMapLayout:
-        """What the tensor map encodes."""
-        return tensor_map.layout(self.shape, self.strides, DType.BF16, self.rows, self.columns, self.swizzle)
-
-    def storage(self) -> np.ndarray:
-        """Numbers that are all different, as long as there are not more than 65535."""
-        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        return aligned(np.arange(1, last + 2).astype(np.uint16))
-
-    def want(self, storage: np.ndarray) -> np.ndarray:
-        """The box as bytes of shared memory."""
-        view = np.lib.stride_tricks.as_strided(storage, self.shape, tuple(2 * s for s in self.strides))
-        box = np.zeros((self.rows, self.columns), np.uint16)
-        c0, row0, head, batch = self.at
-        if 0 <= head < self.shape[2] and 0 <= batch < self.shape[0]:
-            for r in range(self.rows):
-                for c in range(self.columns):
-                    if 0 <= row0 + r < self.shape[1] and 0 <= c0 + c < self.shape[3]:
-                        box[r, c] = view[batch, row0 + r, head, c0 + c]
-        if self.swizzle is Swizzle.NONE:
-            return box.reshape(-1).view(np.uint8)
-        return tile_image(box, self.swizzle.span)
-
-
-TMA_CASES = {
-    "128-byte swizzle": TmaCase((2, 40, 3, 64), (40 * 192, 192, 64, 1), 32, 64, Swizzle.B128, (0, 8, 1, 1)),
-    "64-byte swizzle": TmaCase((2, 40, 3, 32), (40 * 96, 96, 32, 1), 32, 32, Swizzle.B64, (0, 8, 2, 0)),
-    "32-byte swizzle": TmaCase((1, 40, 1, 16), (640, 16, 16, 1), 40, 16, Swizzle.B32, (0, 0, 0, 0)),
-    "no swizzle": TmaCase((1, 40, 2, 24), (1920, 48, 24, 1), 8, 24, Swizzle.NONE, (0, 3, 1, 0)),
-    "rows past the end": TmaCase((1, 40, 1, 64), (2560, 64, 64, 1), 32, 64, Swizzle.B128, (0, 30, 0, 0)),
-    "rows before the start": TmaCase((1, 40, 1, 64), (2560, 64, 64, 1), 32, 64, Swizzle.B128, (0, -5, 0, 0)),
-    "columns past the head dim": TmaCase((1, 40, 2, 40), (3200, 80, 40, 1), 32, 64, Swizzle.B128, (0, 4, 1, 0)),
-    "second column group": TmaCase((1, 40, 2, 104), (8320, 208, 104, 1), 16, 64, Swizzle.B128, (64, 4, 1, 0)),
-    "wholly outside": TmaCase((1, 40, 1, 64), (2560, 64, 64, 1), 8, 64, Swizzle.B128, (0, 0, 0, 1)),
-    "any strides of dimensions of size 1": TmaCase((1, 40, 1, 64), (7, 72, 13, 1), 16, 64, Swizzle.B128, (0, 1, 0, 0)),
-    "heads outside rows": TmaCase((2, 24, 3, 64), (24 * 192, 64, 24 * 64, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)),
-    "one key for all heads": TmaCase((2, 24, 3, 64), (24 * 64, 64, 0, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)),
-}
-
-
-def run_tma(
-    launch: Launch, encode: Callable[[TensorMapLayout, int, int], None], case: TmaCase
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shared memory after one copy, and what it should hold; ``encode`` is tensor_map's."""
-    storage = case.storage()
-    size = case.layout.box_bytes
-    out = aligned(np.zeros(size, np.uint8))
-    params = TmaParams(out=out.ctypes.data, at=case.at, bytes=size)
-    raw = (ctypes.c_uint8 * 192)()
-    slot = -(-ctypes.addressof(raw) // 64) * 64
-    encode(case.layout, storage.ctypes.data, slot)
-    ctypes.memmove(ctypes.addressof(params.map), slot, tensor_map.MAP_BYTES)
-    launch(TMA_SOURCE, "tma_dump", 128, size + 16, params, [storage], [out])
-    return out, case.want(storage)

@@ -2,7 +2,7 @@
 """Hopper's instructions do on a GPU what the emulator says: the same small kernels and numbers.
 
 Needs nvcc beside the GPU. A kernel that hangs would take the machine with it; none here waits for
-anything but one copy.
+anything but its own copies.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 import torch
 from sm90_probe import (
-    TMA_CASES,
     a_registers,
     emulate,
     mn_major_steps,
     operands,
     rs_case,
-    run_tma,
     run_wgmma,
     ss_case,
     tile_image,
 )
+from tma_probe import TMA_CASES, run_tma, run_tma_store
 
 from fmha_runtime import build, config, driver, tensor_map
 from fmha_runtime.tensor_map import TensorMapLayout
@@ -97,6 +96,29 @@ def test_the_copy_engine_and_the_emulator_fill_shared_memory_alike(name: str, la
     got, want = run_tma(launch, encode, case)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(got, run_tma(emulate, tensor_map.encode_emulated, case)[0])
+
+
+@pytest.mark.parametrize("tiles, load", [(1, False), (1, True), (3, False), (4, True)])
+@pytest.mark.parametrize("name", TMA_CASES)
+def test_the_copy_engine_and_the_emulator_store_alike(name: str, tiles: int, load: bool, launch: Launch) -> None:
+    case = TMA_CASES[name]
+    kept = []
+
+    def encode(layout: TensorMapLayout, address: int, slot: int) -> None:
+        """For the tensor that the kernel writes, which launch() knows nothing of."""
+        kept.append(torch.from_numpy(case.storage().view(np.int16)).cuda())
+        tensor_map.encode(layout, kept[0].data_ptr(), slot)
+
+    def launch_and_fetch(*arguments: object) -> None:
+        launch(*arguments)
+        arguments[-1][0][:] = kept[0].cpu().numpy().view(np.uint16)
+
+    got, want, out, loaded = run_tma_store(launch_and_fetch, encode, case, tiles, load)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(out, loaded)
+    emulated = run_tma_store(emulate, tensor_map.encode_emulated, case, tiles, load)
+    np.testing.assert_array_equal(got, emulated[0])
+    np.testing.assert_array_equal(out, emulated[2])
 
 
 @pytest.mark.parametrize("n", SIZES)

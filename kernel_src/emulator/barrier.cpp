@@ -77,7 +77,7 @@ void mbarrier_init_fence() {
 
 static void complete(Cta* cta, Mbarrier& barrier) {
     const uint32_t index = static_cast<uint32_t>(&barrier - cta->mbarriers.data());
-    for (const TileCopy& copy : barrier.copies) land(cta, index, copy);
+    for (const TileCopy& tile : barrier.copies) land(cta, index, tile);
     barrier.copies.clear();
     barrier.expected = barrier.issued = 0;
     barrier.pending = barrier.count;
@@ -161,7 +161,7 @@ void check_copies_landed(Thread* thread) {
             fault(thread, Op::kExit,
                   "the CTA ends while a tma_load_4d of thread %u to shared memory offset 0x%x is "
                   "in flight: nobody waited for phase %u of the mbarrier at offset 0x%x",
-                  barrier.copies[0].thread, barrier.copies[0].dst, barrier.phase, barrier.offset);
+                  barrier.copies[0].thread, barrier.copies[0].offset, barrier.phase, barrier.offset);
 }
 
 // --- named barriers

@@ -93,10 +93,23 @@ static bool written_before_sync(const Cta* cta, const Granule& granule) {
            (writer[0] <= threads) & (writer[1] <= threads) & (writer[2] <= threads) & (writer[3] <= threads);
 }
 
+[[noreturn]] static void fault_store(Thread* thread, Op op, uint32_t offset) {
+    for (const Thread& reader : thread->cta->threads)
+        for (const TileStore& store : reader.stores) {
+            if (store.read || offset < store.tile.offset || offset - store.tile.offset >= store.tile.bytes) continue;
+            fault(thread, op,
+                  "writes shared memory offset 0x%x while a tma_store_4d of thread %u that reads it is in flight: that "
+                  "thread must pass a tma_store_wait_read, and a barrier, before anybody writes there",
+                  offset, reader.index);
+        }
+    __builtin_unreachable();
+}
+
 static void check_reads_before_write(Thread* thread, Op op, uint32_t offset) {
     Cta* cta = thread->cta;
     const size_t first = offset / kGranule * cta->warps.size();
     const Granule& granule = cta->shadow[offset / kGranule];
+    if (granule.stores != 0) fault_store(thread, op, offset);
     for (uint32_t left = granule.readers; left != 0; left &= left - 1) {
         const uint32_t w = static_cast<uint32_t>(__builtin_ctz(left));
         uint32_t reader = 0;
@@ -180,12 +193,18 @@ static void add_read(Thread* thread, uint32_t offset, uint32_t lanes, int32_t cl
     reads.lanes |= lanes;
 }
 
-// Notes a read of all 16 bytes by one thread.
-static void note_read(Thread* thread, Op op, uint32_t offset) {
+static void check_readable(Thread* thread, Op op, uint32_t offset, bool written) {
     const Granule& granule = thread->cta->shadow[offset / kGranule];
     check_in_flight(thread, op, offset, "reads");
     if (granule.barrier != 0) fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
-    if (granule.written != 0xf) fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+    if (written && granule.written != 0xf)
+        fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+}
+
+// Notes a read of all 16 bytes by one thread.
+static void note_read(Thread* thread, Op op, uint32_t offset) {
+    const Granule& granule = thread->cta->shadow[offset / kGranule];
+    check_readable(thread, op, offset, true);
     const bool settled = written_before_sync(thread->cta, granule);
     for (int i = 0; i < 4 && !settled; ++i) {
         const uint32_t writer = granule.writer[i] - 1u;
@@ -200,9 +219,7 @@ static void note_warp_read(Thread* thread, Op op, uint32_t offset, bool async) {
     const Cta* cta = thread->cta;
     const Warp* warp = thread->warp;
     const Granule& granule = cta->shadow[offset / kGranule];
-    check_in_flight(thread, op, offset, "reads");
-    if (granule.barrier != 0) fault(thread, op, "reads shared memory offset 0x%x, where an mbarrier lives", offset);
-    if (granule.written != 0xf) fault(thread, op, "reads shared memory offset 0x%x, which nobody has written", offset);
+    check_readable(thread, op, offset, true);
     const bool settled = !async && written_before_sync(cta, granule);
     for (int i = 0; i < 4 && !settled; ++i) {
         const uint32_t writer = granule.writer[i] - 1u;
@@ -227,6 +244,26 @@ void note_wgmma_read(Thread* thread, uint32_t addr, uint32_t operation) {
     note_warp_read(thread, Op::kWgmma, offset, true);
     cta->shadow[offset / kGranule].async_readers |= 1u << w;
     cta->wgmma_reads[offset / kGranule * cta->warps.size() + w] = static_cast<int32_t>(operation);
+}
+
+void note_store_issued(Thread* thread, uint32_t offset, bool inside) {
+    const Cta* cta = thread->cta;
+    Granule& granule = thread->cta->shadow[offset / kGranule];
+    check_readable(thread, Op::kTmaStore, offset, inside);  // what is outside the tensor goes nowhere
+    for (int i = 0; i < 4; ++i) {
+        if (granule.writer[i] == 0) continue;
+        const uint32_t writer = granule.writer[i] - 1u;
+        if (writer != thread->index && thread->knows[writer] < granule.write_clock[i])
+            fault_unordered_write(thread, Op::kTmaStore, offset, writer);
+        if (writer < cta->threads.size() && thread->knows_async[writer] < granule.write_clock[i])
+            fault_proxy(thread, Op::kTmaStore, offset, writer);
+    }
+    ++granule.stores;
+}
+
+void note_store_read(Thread* thread, uint32_t offset) {
+    --thread->cta->shadow[offset / kGranule].stores;
+    add_read(thread, offset, 1u << thread->lane, thread->clock());
 }
 
 void ld_shared_v4(uint32_t (&r)[4], uint32_t addr) {

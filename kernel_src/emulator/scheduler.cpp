@@ -49,6 +49,7 @@ const char* op_name(Op op) {
         "mbarrier_arrive_expect",
         "mbarrier_wait",
         "tma_load_4d",
+        "tma_store_4d",
         "tma_prefetch_map",
         "wgmma_fence",
         "wgmma",
@@ -198,6 +199,7 @@ static void thread_main() {
     cta->kernel->thread_main(cta->request->params);
     check_no_copies_in_flight(thread);
     check_wgmma_done(thread);
+    leave_stores(thread);
     thread->waits = Op::kExit;
     thread->warp->runnable &= ~(1u << thread->position);
     if (++cta->exited == cta->threads.size()) {
@@ -257,6 +259,8 @@ static void prepare(Cta& cta, const Stacks& stacks, uint32_t index) {
         thread.waits = Op::kNone;
         thread.committed = 0;
         thread.copies.clear();
+        thread.stores_committed = 0;
+        thread.stores.clear();
         thread.registers.clear();
         stacks.give(static_cast<int>(i), &thread, thread.context, thread_main);
     }
@@ -288,6 +292,7 @@ int run(Request& request, const Kernel& kernel) {
     std::atomic<bool> stop{false};
     std::mutex guard;
     uint32_t fault_cta = ~0u;
+    std::vector<TileStore> unlanded;
 
     auto work = [&] {
         const Stacks stacks(static_cast<int>(request.threads));
@@ -317,11 +322,14 @@ int run(Request& request, const Kernel& kernel) {
             }
         }
         collectives += cta->collectives;
+        const std::lock_guard<std::mutex> lock(guard);
+        for (TileStore& store : cta->unlanded) unlanded.push_back(std::move(store));
     };
     std::vector<std::thread> helpers;
     for (uint32_t i = 1; i < std::min(request.workers, request.grid); ++i) helpers.emplace_back(work);
     work();
     for (std::thread& helper : helpers) helper.join();
+    for (const TileStore& store : unlanded) land(store);
     request.collectives = collectives;
     return fault_cta == ~0u ? 0 : 1;
 }

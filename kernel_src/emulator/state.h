@@ -49,6 +49,7 @@ enum class Op : uint8_t {
     kMbarrierArriveExpect,
     kMbarrierWait,
     kTmaLoad,
+    kTmaStore,
     kTmaPrefetchMap,
     kWgmmaFence,
     kWgmma,
@@ -74,6 +75,30 @@ struct Copy {
     uint32_t group;
 };
 
+// The part of a row of a tensor map's box that lies inside the tensor.
+struct TileRow {
+    uint64_t address;
+    uint32_t offset;  // in the box, before the swizzle
+    uint32_t bytes;
+};
+
+// A copy of a box of a tensor to or from its place in shared memory.
+struct TileCopy {
+    uint32_t offset;
+    uint32_t bytes;
+    uint32_t swizzle;  // log2 of the span in 16-byte chunks; 0: none
+    uint32_t thread;   // who asked for it
+    std::vector<TileRow> rows;
+};
+
+// A store by the copy engine between its issue and the moment at which global memory has it.
+struct TileStore {
+    TileCopy tile;
+    uint32_t group;
+    bool read;                        // the thread has waited for the read of shared memory
+    std::vector<unsigned char> data;  // what was read, row by row
+};
+
 // Registers that a wgmma of this thread has used, and what they held when it was last safe to look:
 // at the latest wgmma_fence, or when the latest wgmma on them was done.
 struct Registers {
@@ -95,6 +120,8 @@ struct Thread {
     uint32_t wait_on;    // kMbarrierWait, kNamedSync: which barrier
     uint32_t committed;  // cp.async groups
     std::vector<Copy> copies;
+    uint32_t stores_committed;  // groups of tma_store_4d
+    std::vector<TileStore> stores;
     std::vector<Registers> registers;
     int32_t* knows;        // clock of each component as this thread knows it
     int32_t* knows_async;  // the same for what fences made visible to the async proxy
@@ -150,14 +177,6 @@ struct WgmmaStep {
     bool operator==(const WgmmaStep& o) const { return a == o.a && b == o.b && n == o.n && flags == o.flags; }
 };
 
-// A copy by the copy engine between its issue and the completion of its phase.
-struct TileCopy {
-    const void* map;
-    uint32_t dst;
-    int32_t at[4];
-    uint32_t thread;
-};
-
 struct Mbarrier {
     uint32_t offset;
     uint32_t count;    // arrivals of a phase
@@ -193,6 +212,7 @@ struct Granule {
     uint32_t readers;        // bit w: Cta::reads has an entry for warp w
     uint32_t async_readers;  // the same for Cta::wgmma_reads
     uint16_t in_flight;      // the thread, plus one, whose cp.async has not landed
+    uint16_t stores;         // tma_store_4d that are going to read it
     uint8_t tile_in_flight;  // the mbarrier, plus one, of a tma_load_4d that has not landed
     uint8_t written;         // bit i: word i has ever been written
     uint8_t barrier;         // bit i: word i belongs to an mbarrier
@@ -231,6 +251,7 @@ struct Cta {
     std::vector<Mbarrier> mbarriers;
     NamedBarrier named[kNamedBarriers];
     std::vector<std::vector<WgmmaStep>> steps;  // [warpgroup]
+    std::vector<TileStore> unlanded;            // of CTAs that are over, which only the end of the kernel makes visible
 
     uint32_t wgmma_component(uint32_t warp) const { return static_cast<uint32_t>(threads.size()) + warp; }
     uint32_t mbarrier_component(uint32_t i) const { return static_cast<uint32_t>(threads.size() + warps.size()) + i; }
@@ -287,6 +308,10 @@ void note_write(Thread* thread, Op op, uint32_t offset, uint32_t words, bool asy
 void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align, bool store);
 // A 16-byte chunk read by the wgmma that is the warp's `operation`-th; `thread` is any lane.
 void note_wgmma_read(Thread* thread, uint32_t addr, uint32_t operation);
+// A 16-byte chunk that a tma_store_4d of the thread is going to read; `inside`: some of it lies inside the tensor.
+void note_store_issued(Thread* thread, uint32_t offset, bool inside);
+// The thread knows that it has been read.
+void note_store_read(Thread* thread, uint32_t offset);
 // Called when a thread returns from the kernel.
 void check_no_copies_in_flight(Thread* thread);
 
@@ -300,7 +325,10 @@ void check_copies_landed(Thread* thread);
 void check_registers(Thread* thread);
 
 // --- tma.cpp
-void land(Cta* cta, uint32_t barrier, const TileCopy& copy);
+void land(Cta* cta, uint32_t barrier, const TileCopy& tile);
+void land(const TileStore& store);
+// Called when a thread returns from the kernel: hands its stores to the CTA.
+void leave_stores(Thread* thread);
 
 // --- wgmma.cpp
 void check_wgmma_done(Thread* thread);

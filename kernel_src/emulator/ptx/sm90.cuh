@@ -20,6 +20,18 @@ FMHA_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) { emu::mbarrier_wa
 FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0, int c1, int c2, int c3) {
     emu::tma_load_4d(dst, map, bar, c0, c1, c2, c3);
 }
+FMHA_DEVICE void tma_store_4d(const void* map, uint32_t src, int c0, int c1, int c2, int c3) {
+    emu::tma_store_4d(map, src, c0, c1, c2, c3);
+}
+FMHA_DEVICE void tma_store_commit() { emu::tma_store_commit(); }
+template <int kPending>
+FMHA_DEVICE void tma_store_wait_read() {
+    emu::tma_store_wait_read(kPending);
+}
+template <int kPending>
+FMHA_DEVICE void tma_store_wait() {
+    emu::tma_store_wait(kPending);
+}
 FMHA_DEVICE void tma_prefetch_map(const void* map) { emu::tma_prefetch_map(map); }
 
 FMHA_DEVICE void fence_async_shared() { emu::fence_async_shared(); }

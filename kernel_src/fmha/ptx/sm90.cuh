@@ -68,6 +68,28 @@ FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0
         : "memory");
 }
 
+// Copies from shared memory to the box of a tensor map; elements outside the tensor are not written. Who writes the
+// source with ordinary stores follows them by fence_async_shared() and a barrier with the thread that stores.
+FMHA_DEVICE void tma_store_4d(const void* map, uint32_t src, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+                 :
+                 : "l"(map), "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+// Stores run behind the thread that issued them, which alone can wait for them: commit a group, then wait until at most
+// kPending groups still read shared memory (it may be written again, after a barrier, and the thread may return) or
+// are still on their way to global memory (the thread sees what they wrote; what follows the kernel always does).
+FMHA_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" : : : "memory"); }
+template <int kPending>
+FMHA_DEVICE void tma_store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(kPending) : "memory");
+}
+template <int kPending>
+FMHA_DEVICE void tma_store_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
 FMHA_DEVICE void tma_prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory"); }
 
 // Orders this thread's ordinary accesses to shared memory before later accesses of the copy engine
