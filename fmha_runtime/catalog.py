@@ -119,10 +119,11 @@ _HOPPER_SHORT_TILES: dict[tuple[int, int], str] = {
     (192, 192): "128x64 w12 s3 c1",  # 473/298 -> 508/327
 }
 
-# Where softcap, packed masks and pages are faster with another cut: chosen by `fmha tune` (2048 and 8192 tokens) but for
-# cuts that spill in the consumers, and d 128 with pages, where 192x64 is 2 % faster with many queries and 20 % slower
-# with one. The first of "packed paged", "packed", "softcap paged", "softcap", "paged" with an entry decides. A copy from
-# a page brings as many rows as the largest power of two that divides block_n, or a page: 64 is better than 112.
+# Where softcap, packed masks and pages are faster with another cut: chosen by `fmha tune` (2048 and 8192 tokens) but
+# for cuts that spill in the consumers, and d 128 with pages, where 192x64 is 2 % faster with many queries and 20 %
+# slower with one. The first of "packed paged", "packed", "softcap paged", "softcap", "paged" with an entry decides. A
+# copy from a page brings as many rows as the largest power of two that divides block_n, or a page: 64 is better than
+# 112.
 _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((32, 32), "softcap"): "256x80 w20 s3 c1",
     ((40, 40), "softcap"): "256x64 w20 s8 c1",
@@ -155,7 +156,7 @@ _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((192, 192), "paged"): "128x64 w12 s3 c1",
     ((192, 128), "paged"): "192x64 w16 s3 c1",
     ((256, 256), "paged"): "128x64 w12 s2 c1",
-    # Not timed: cuts of 64 rows a copy that neither spill much.
+    # Not timed: cuts of 64 rows a copy that spill little.
     ((48, 48), "packed paged"): "256x64 w20 s6 c1",
     ((80, 80), "packed paged"): "192x64 w16 s3 c1",
     ((96, 96), "packed paged"): "192x64 w16 s3 c1",
@@ -165,6 +166,7 @@ _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((256, 256), "packed paged"): "128x64 w12 s2 c1",
     ((32, 32), "softcap paged"): "256x64 w20 s8 c1",
     ((64, 64), "softcap paged"): "192x96 w16 s3 c1",
+    ((72, 72), "softcap paged"): "192x64 w16 s3 c1",
     ((80, 80), "softcap paged"): "192x64 w16 s3 c1",
     ((96, 96), "softcap paged"): "192x64 w16 s3 c1",
     ((104, 104), "softcap paged"): "192x64 w16 s3 c1",
@@ -217,39 +219,49 @@ _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
 )
 """Masks, scores and KV layouts that are built for every head dim and target."""
 
-_ALLOWED_SPILLS: dict[str, tuple[int, str]] = (
-    {
-        f"fmha_fwd_sm90a_{dtype}_d{dims}{score}": (size, "in the producer: its set-up of a tile, a word around a copy")
-        for dtype in ("fp16", "bf16")
-        for dims, size in {
-            **dict.fromkeys(("80", "96", "104"), 160),
-            **dict.fromkeys(("128", "192x128"), 96),
-            **dict.fromkeys(("160", "192", "256"), 144),
-        }.items()
-        for score in ("", "_alibi")
-    }
-    | {
-        f"fmha_fwd_sm90a_{dtype}_d{dims}_short": (120, "in the producer, as those of the long twin")
-        for dtype in ("fp16", "bf16")
-        for dims in ("160", "192")
-    }
-    | {
-        f"fmha_fwd_sm90a_{dtype}_d{dims}_softcap{kv}": (
-            208,
-            "in the set-up of a tile, and a loop invariant or two that is read back once a step",
-        )
-        for dtype in ("fp16", "bf16")
-        for dims in ("32", "40", "48", "64", "72", "80", "96", "104", "128", "160", "192", "192x128", "256")
-        for kv in ("", "_paged")
-    }
-    | {f"fmha_fwd_sm90a_{dtype}_d64_packed": (64, "in the producer's set-up of a tile") for dtype in ("fp16", "bf16")}
-    | {
-        f"fmha_fwd_sm90_{dtype}_{dims}": (size, "faster on the H200 than every tile without spills")
-        for dtype in ("fp16", "bf16")
+_PRODUCER = "in the producer, which has 32 to 56 registers: its set-up of a tile, a word around a copy"
+_SOFTCAP = "of a set-up, and of the path for scores near the cap"
+_FASTER = "faster on the H200 than every tile without spills"
+_ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
+    f"fmha_fwd_{kernel.format(dtype)}": (size, why)
+    for dtype in ("fp16", "bf16")
+    for why, kernels in {
+        _PRODUCER: {
+            "sm90a_{}_d64_packed": 60,
+            "sm90a_{}_d64_packed_paged": 132,
+            "sm90a_{}_d64_paged": 68,
+            "sm90a_{}_d64_alibi_paged": 68,
+            "sm90a_{}_d72_packed": 88,
+            "sm90a_{}_d72_packed_paged": 124,
+            "sm90a_{}_d72_paged": 96,
+            "sm90a_{}_d72_alibi_paged": 96,
+            "sm90a_{}_d80": 160,
+            "sm90a_{}_d80_alibi": 160,
+            "sm90a_{}_d80_softcap": 160,
+            "sm90a_{}_d96": 160,
+            "sm90a_{}_d96_alibi": 168,
+            "sm90a_{}_d104": 160,
+            "sm90a_{}_d104_alibi": 160,
+            "sm90a_{}_d128_softcap": 80,
+            "sm90a_{}_d160": 172,
+            "sm90a_{}_d160_alibi": 172,
+            "sm90a_{}_d160_paged": 164,
+            "sm90a_{}_d160_alibi_paged": 164,
+            "sm90a_{}_d160_softcap": 180,
+        },
+        _SOFTCAP: {
+            "sm90a_{}_d32_softcap": 52,
+            "sm90a_{}_d48_softcap": 8,
+            "sm90a_{}_d48_softcap_paged": 60,
+            "sm90a_{}_d64_softcap": 8,
+            "sm90a_{}_d72_softcap": 156,
+            "sm90a_{}_d128_softcap_paged": 8,
+        },
         # Timed when it was 164, 84 and 24 bytes, before attention_chunk.
-        for dims, size in (("d96", 200), ("d192x128", 84), ("d256", 148))
-    }
-)
+        _FASTER: {"sm90_{}_d96": 200, "sm90_{}_d192x128": 84, "sm90_{}_d256": 148},
+    }.items()
+    for kernel, size in kernels.items()
+}
 """Kernel name -> (bytes, why that many are worth it). Everything else must not spill at all."""
 
 
