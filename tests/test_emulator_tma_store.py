@@ -10,7 +10,7 @@ import pytest
 from emulator_probe import aligned, fault, run
 from sm90_probe import emulate
 from test_emulator_sm90 import LOAD, SMEM, TMA, WAIT, expect, tensor_map_of
-from tma_probe import TMA_CASES, run_tma_store
+from tma_probe import STORE_CASES, run_tma_store
 
 from fmha_runtime import tensor_map
 from fmha_runtime.emulator import Order
@@ -54,12 +54,17 @@ def store_fault(
 
 
 @pytest.mark.parametrize("tiles, load", [(1, False), (1, True), (3, False), (4, True)])
-@pytest.mark.parametrize("name", TMA_CASES)
+@pytest.mark.parametrize("name", STORE_CASES)
 def test_stored_tiles_come_back(name: str, tiles: int, load: bool) -> None:
     """The parts of boxes inside the tensor arrive, and nothing around them changes."""
-    got, want, out, loaded = run_tma_store(emulate, tensor_map.encode_emulated, TMA_CASES[name], tiles, load)
+    got, want, out, loaded = run_tma_store(emulate, tensor_map.encode_emulated, STORE_CASES[name], tiles, load)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(out, loaded)
+
+
+def test_a_store_does_not_begin_before_the_tensor() -> None:
+    body = TILE.replace("smem, 0, 0, 0, 0)", "smem, 0, -1, 0, 0)")
+    expect(store_fault(body), "coordinates (0, -1, 0, 0): a store cannot begin before the tensor")
 
 
 @pytest.mark.parametrize("order", list(Order))

@@ -25,7 +25,7 @@ from sm90_probe import (
     ss_case,
     tile_image,
 )
-from tma_probe import TMA_CASES, run_tma, run_tma_store
+from tma_probe import STORE_CASES, TMA_CASES, run_tma, run_tma_store
 
 from fmha_runtime import build, config, driver, tensor_map
 from fmha_runtime.tensor_map import TensorMapLayout
@@ -99,9 +99,9 @@ def test_the_copy_engine_and_the_emulator_fill_shared_memory_alike(name: str, la
 
 
 @pytest.mark.parametrize("tiles, load", [(1, False), (1, True), (3, False), (4, True)])
-@pytest.mark.parametrize("name", TMA_CASES)
+@pytest.mark.parametrize("name", STORE_CASES)
 def test_the_copy_engine_and_the_emulator_store_alike(name: str, tiles: int, load: bool, launch: Launch) -> None:
-    case = TMA_CASES[name]
+    case = STORE_CASES[name]
     kept = []
 
     def encode(layout: TensorMapLayout, address: int, slot: int) -> None:

@@ -177,6 +177,9 @@ TMA_CASES = {
     "one key for all heads": TmaCase((2, 24, 3, 64), (24 * 64, 64, 0, 1), 24, 64, Swizzle.B128, (0, 0, 2, 1)),
 }
 
+STORE_CASES = {name: case for name, case in TMA_CASES.items() if min(case.at) >= 0}
+"""A store with a negative coordinate is a fault, on an H200 ("an illegal instruction was encountered") and here."""
+
 
 def run_tma(
     launch: Launch, encode: Callable[[TensorMapLayout, int, int], None], case: TmaCase

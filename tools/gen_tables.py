@@ -172,6 +172,12 @@ def yardstick(root: Path) -> str:
             mean = math.exp(sum(map(math.log, quotients)) / len(quotients))
             text += f", geometric mean of the quotient {mean:.3f} (goal {GOAL}), {low} below {FLOOR}"
             text += f", lowest {min(quotients):.2f}"
+            plain = [(record.tflops(case, OURS) or math.nan) / cells[case]["best"] for case in wanted if case in ratios]
+            mean = math.exp(sum(map(math.log, plain)) / len(plain))
+            text += (
+                f". In plain TFLOP/s, which were measured on another day: {mean:.3f} of the best peer, lowest "
+                f"{min(plain):.2f}, {sum(x < FLOOR for x in plain)} below {FLOOR}"
+            )
         parts += [f"{text}.", _markdown(rows)]
     return "\n\n".join(parts)
 
@@ -304,14 +310,16 @@ def _mark(value: float | None, floor: float) -> str:
 
 def host_time(root: Path) -> str:
     """Every record that tools/host_time.py wrote, a column each."""
-    records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((root / "docs" / "host").glob("*.json"))]
+    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted((root / "docs" / "host").glob("*.json"))}
+    records = list(found.values())
     if not records:
         return "Nothing is recorded yet: `python tools/host_time.py --out docs/host/NAME.json` on a GPU."
     calls = list(dict.fromkeys(call for record in records for call in record["host_us"]))
-    table = [["us a call, median (best)", *(f"{r['meta']['gpu']}, {r['meta']['date'][:10]}" for r in records)]]
+    heads = (f"{p.stem} ({r['meta']['gpu']}, {r['meta']['date'][:10]})" for p, r in found.items())
+    table = [["us a call, median (best)", *heads]]
     for call in calls:
-        found = (record["host_us"].get(call) for record in records)
-        table.append([call, *("-" if x is None else f"{x['median_us']:.1f} ({x['best_us']:.1f})" for x in found)])
+        times = (record["host_us"].get(call) for record in records)
+        table.append([call, *("-" if x is None else f"{x['median_us']:.1f} ({x['best_us']:.1f})" for x in times)])
     return _markdown(table)
 
 

@@ -129,6 +129,11 @@ void land(Cta* cta, uint32_t barrier, const TileCopy& tile) {
 void tma_store_4d(const void* map, uint32_t src, int c0, int c1, int c2, int c3) {
     Thread* thread = self();
     const EmulatedMap& m = checked_map(thread, Op::kTmaStore, map);
+    // Loads may begin there; a store on an H200 (driver 580.159.04) ended in "an illegal instruction was encountered".
+    for (int c : {c0, c1, c2, c3})
+        if (c < 0)
+            fault(thread, Op::kTmaStore, "coordinates (%d, %d, %d, %d): a store cannot begin before the tensor", c0, c1,
+                  c2, c3);
     TileStore store = {checked_tile(thread, Op::kTmaStore, m, src), thread->stores_committed, false, {}};
     TileCopy& tile = store.tile;
     tile.rows = checked_rows(thread, Op::kTmaStore, m, {c0, c1, c2, c3});
