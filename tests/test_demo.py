@@ -44,11 +44,11 @@ def test_demo_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'fmha-runtime[demo]'" in capsys.readouterr().err
 
 
-def test_demo_builds_the_kernel_that_the_gpu_will_be_given(monkeypatch, capsys):
+def test_demo_builds_the_kernels_that_the_gpu_will_be_given(monkeypatch, capsys):
     from fmha_runtime.spec import DType
 
     wanted = []
     monkeypatch.setattr(demo.driver, "capability", lambda index: (9, 0))
     monkeypatch.setattr(demo.manifest, "find", lambda spec: wanted.append(spec.name) or object())
     demo._build(DType.BF16, "cuda")
-    assert wanted == ["fmha_fwd_sm90a_bf16_d32"]
+    assert wanted == ["fmha_fwd_sm90a_bf16_d32", "fmha_fwd_sm90a_bf16_d32_short"]
