@@ -24,7 +24,7 @@ _HOME = {
     "merge_states": "api",
     "plan": "api",
     "prepare": "api",
-    "register_torch_ops": "api",
+    "register_torch_ops": "eager",
     "Plan": "launch",
     "Problem": "dispatch",
     "Trace": "dispatch",
@@ -81,9 +81,9 @@ if TYPE_CHECKING:
         merge_states,
         plan,
         prepare,
-        register_torch_ops,
     )
     from .dispatch import Problem, Trace
+    from .eager import register_torch_ops
     from .errors import (
         ArtifactError,
         BuildError,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fmha_runtime import api, call, catalog, dispatch, driver, launch, params, tensor_map
+from fmha_runtime import call, catalog, dispatch, driver, eager, launch, params, tensor_map
 from fmha_runtime.spec import Arch
 
 STREAM = 0x51
@@ -64,8 +64,8 @@ class StubDevice:
         monkeypatch.setattr(driver, "queue_word", lambda device, stream: QUEUE + 4 * stream)
         monkeypatch.setattr(tensor_map, "encode", tensor_map.encode_emulated)
         monkeypatch.setattr(tensor_map, "replace_address", tensor_map.replace_address_emulated)
-        monkeypatch.setattr(api, "_make_plan", self._make_plan)
-        monkeypatch.setattr(api, "_plans", {})
+        monkeypatch.setattr(eager, "make_plan", self._make_plan)
+        monkeypatch.setattr(eager, "_plans", {})
 
     @contextlib.contextmanager
     def _switch(self, device):
@@ -74,7 +74,7 @@ class StubDevice:
         self.current = before
 
     def _make_plan(self, q, k, v, lengths, options, extras, out, device, stream, fallback, tile=None):
-        shape, opts = api._checked(q, k, v, lengths, extras, out), call.options(**options)
-        spec = dispatch.choose(api._problem(self.arch, q, shape, opts, extras)).spec
+        shape, opts = eager.checked(q, k, v, lengths, extras, out), call.options(**options)
+        spec = dispatch.choose(eager.problem(self.arch, q, shape, opts, extras)).spec
         given = (lengths[0], lengths[1], lengths[4])
         return launch.Plan(_Kernel(spec, self), spec, catalog.tile(spec), shape, opts, q, k, v, out, extras, given)

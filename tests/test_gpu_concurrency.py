@@ -18,7 +18,7 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import api, driver, reference  # noqa: E402
+from fmha_runtime import driver, eager, reference  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def synchronize():
 def forget():
     """As in a fresh process: no plan is made and no kernel is loaded."""
     synchronize()
-    api._plans.clear()
+    eager._plans.clear()
     driver._kernels.clear()
 
 

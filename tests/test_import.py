@@ -20,8 +20,8 @@ FLOORS = {
     0: "errors config spec alibi",
     1: "catalog forced_tile sources manifest params publish ledger",
     2: "build driver emulator tensors interop packed_mask tensor_map",
-    3: "call dispatch emulated_launch launch loader mask_packer reference torch_ops",
-    4: "api",
+    3: "call dispatch emulated_launch launch loader mask_packer merge reference torch_ops",
+    4: "api eager",
     5: "verify verify_cases verify_check verify_pack bench bench_record plots doctor inspection progress"
     " report selection integrations integrations.torch_sdpa integrations.transformers"
     " integrations.transformers_masks integrations.transformers_paged integrations.vllm"

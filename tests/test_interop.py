@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import api, interop  # noqa: E402
+from fmha_runtime import eager, interop  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
 
 
@@ -167,7 +167,7 @@ def test_no_argument_is_lost_on_the_way(monkeypatch):
     passed = []
     monkeypatch.setattr(interop, "call", lambda function, arrays, stream: passed.append(set(arrays)))
     fmha.attention(*arrays())
-    assert passed == [set(inspect.signature(api._call).parameters) - {"traced"}]
+    assert passed == [set(inspect.signature(eager.run).parameters) - {"traced"}]
     q, k, v = arrays()
     monkeypatch.undo()
     with pytest.raises(InputError, match="tile"):

@@ -13,7 +13,7 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import api, dispatch, emulator  # noqa: E402
+from fmha_runtime import dispatch, eager, emulator  # noqa: E402
 from fmha_runtime.spec import KernelSpec  # noqa: E402
 
 ROOT = Path(fmha.__file__).resolve().parent.parent
@@ -29,11 +29,11 @@ def test_first_calls_at_once(monkeypatch, device):
     """Nobody has planned anything yet, and all ask for the same few problems."""
     inputs = [qkv(i % 2) for i in range(8)]
     want = [fmha.attention(*qkv(i), causal=True, device=device) for i in range(2)]
-    monkeypatch.setattr(api, "_plans", {})
+    monkeypatch.setattr(eager, "_plans", {})
     dispatch._walk.cache_clear()
     results = at_once(lambda i: fmha.attention(*inputs[i], causal=True, device=device), 8)
     assert all(torch.equal(out, want[i % 2]) for i, out in enumerate(results))
-    assert len(api._plans) == (device is not None)
+    assert len(eager._plans) == (device is not None)
 
 
 @pytest.mark.parametrize("device", ["emulator", "emulator:sm90"])
@@ -50,8 +50,8 @@ def test_one_plan_for_many_threads(device):
 
 
 def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
-    monkeypatch.setattr(api, "_plans", {})
-    monkeypatch.setattr(api, "_PLAN_LIMIT", 2)
+    monkeypatch.setattr(eager, "_plans", {})
+    monkeypatch.setattr(eager, "_PLAN_LIMIT", 2)
     want = {sq: fmha.attention(*qkv(1, sq), device="emulator") for sq in range(1, 7)}
     results = at_once(lambda i: [fmha.attention(*qkv(1, 1 + (i + n) % 6), device="emulator") for n in range(12)], 4)
     for i, outs in enumerate(results):
@@ -106,7 +106,7 @@ def test_a_forked_child_computes(used, device):
 
 def test_a_child_of_a_busy_parent_computes():
     """Another thread of the parent holds the lock of a plan while the process forks."""
-    code = FORK.replace("sys.stdout.flush()\npid", "(plan,) = fmha.api._plans.values()\nplan._lock.acquire()\npid", 1)
+    code = FORK.replace("sys.stdout.flush()\npid", "(plan,) = fmha.eager._plans.values()\nplan._lock.acquire()\npid", 1)
     call = "fmha.attention(q, q, q, device='emulator')"
     assert child(code.format(before=call, inside=f"print(torch.equal({call}, before))")) == "True\n"
 

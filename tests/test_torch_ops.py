@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import api, torch_ops  # noqa: E402
+from fmha_runtime import eager, torch_ops  # noqa: E402
 
 ROOT = Path(fmha.__file__).resolve().parent.parent
 H, HK, D, S = 4, 2, 64, 17
@@ -281,8 +281,8 @@ def test_merge_has_a_gradient_compiled_and_not():
         own = [t.clone().requires_grad_() for t in tensors]
         run(*own).backward()
         grads.append([t.grad for t in own])
-    for eager, compiled in zip(*grads, strict=True):
-        assert torch.allclose(eager.nan_to_num(0), compiled, atol=1e-5)
+    for plain, compiled in zip(*grads, strict=True):
+        assert torch.allclose(plain.nan_to_num(0), compiled, atol=1e-5)
         assert compiled.isfinite().all() and (compiled != 0).any()
 
 
@@ -320,7 +320,7 @@ def test_export():
 
 
 def test_eager_calls_go_past_the_dispatcher(monkeypatch):
-    monkeypatch.setattr(api, "_trace", lambda *_: pytest.fail("an eager call was traced"))
+    monkeypatch.setattr(eager, "_trace", lambda *_: pytest.fail("an eager call was traced"))
     fmha.attention(*dense(2))
     fmha.attention(torch.nn.Parameter(dense(2)[0], requires_grad=False), *dense(2)[1:])
     fmha.attention_varlen(*varlen(2), varlen(2)[3], S, S)
@@ -365,5 +365,5 @@ def test_inductor_on_the_gpu(name, mode, monkeypatch):
     for _ in range(3):  # warm-up, recording, replay
         tensors = make(5, "cuda")
         got = [t.clone() for t in flat(compiled(*tensors))]
-        for ours, eager in zip(got, flat(call(*tensors)), strict=True):
-            assert torch.allclose(ours.float(), eager.float(), atol=1e-2 if name == "merge" else 0, equal_nan=True)
+        for ours, plain in zip(got, flat(call(*tensors)), strict=True):
+            assert torch.allclose(ours.float(), plain.float(), atol=1e-2 if name == "merge" else 0, equal_nan=True)
