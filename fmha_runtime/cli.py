@@ -265,10 +265,11 @@ class _Stop(Exception):
 @click.option("--quick", is_flag=True, help="About a quarter of the cases.")
 @click.option("--case", metavar="NAME/ID", help="Replay one case.")
 @click.option("--sanitizer", metavar="TOOL", help="memcheck, racecheck or synccheck.")
+@click.option("--reference-device", metavar="DEVICE", type=click.Choice(["cpu", "cuda"]), help="Default: as --device.")
 @_selectable
 def verify(
     chosen: Selection, as_json: bool, device: str | None, via: str, record: bool, quick: bool,
-    case: str | None, sanitizer: str | None,
+    case: str | None, sanitizer: str | None, reference_device: str | None,
 ) -> None:  # fmt: skip
     """Run kernels on awkward cases and compare with an fp64 reference.
 
@@ -297,7 +298,9 @@ def verify(
     begin = time.perf_counter()
     for spec in specs:
         try:
-            outcome = verifier.verify_kernel(spec, device=device, via=via, quick=quick, case=number)
+            outcome = verifier.verify_kernel(
+                spec, device=device, via=via, quick=quick, case=number, reference_device=reference_device
+            )
         except (KernelNotBuilt, ArtifactError, BuildError) as error:
             worst = max(worst, _code(error))
             items.append({**report.axes(spec), "ok": False, "error": str(error)})

@@ -139,6 +139,7 @@ def verify_kernel(
     via: str = "cubin",
     quick: bool = False,
     case: int | None = None,
+    reference_device: str | None = None,
     runner: Runner | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
 ) -> Report:
@@ -149,6 +150,7 @@ def verify_kernel(
         via: "cubin", or "ptx" to have the driver compile the kernel's PTX; ignored by the emulator.
         quick: about a quarter of the cases, and the smaller ones.
         case: only this case id.
+        reference_device: where the reference is computed, "cpu" or "cuda:N"; None: where the kernel runs.
         runner: what to call instead of loading and launching the kernel (tests do).
         on_case: called after each case.
 
@@ -167,7 +169,7 @@ def verify_kernel(
         elif budget is not None and case is None and one.products(spec) > budget:
             result = CaseResult(one, "skipped", "too large for the emulator, runs on a GPU")
         else:
-            result = check_case(spec, one, _torch_device(device), runner)
+            result = check_case(spec, one, _torch_device(device), runner, reference_device)
         # After an error of the driver the context is unusable: what follows would mean nothing.
         if any(f.check == "fault" for f in result.failures) and not _on_emulator(device):
             lost = f"the device was lost in case {one.id}"
@@ -231,7 +233,8 @@ def to_record(report: Report) -> ledger.Record:
 def sanitizer_argv(tool: str, arguments: Sequence[str]) -> list[str]:
     """The command line that runs ``fmha ARGUMENTS`` under compute-sanitizer, for os.execv.
 
-    Only kernels whose name begins with ``fmha_`` are instrumented: those of the reference take hours under racecheck.
+    Only kernels whose name begins with ``fmha_`` are instrumented, and the reference is computed on the CPU: its
+    kernels take hours under racecheck, or end it with an internal error.
 
     Raises:
         InputError: ``tool`` is not one of SANITIZERS.
@@ -246,7 +249,7 @@ def sanitizer_argv(tool: str, arguments: Sequence[str]) -> list[str]:
             "packages of PyPI): install the toolkit, or add its bin folder to PATH"
         )
     options = ["--tool", tool, "--kernel-name", "kns=fmha_", "--error-exitcode", "1"]
-    return [program, *options, sys.executable, "-m", "fmha_runtime", *arguments]
+    return [program, *options, sys.executable, "-m", "fmha_runtime", *arguments, "--reference-device", "cpu"]
 
 
 def _on_emulator(device: str) -> bool:

@@ -377,7 +377,7 @@ def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.Monk
     argv = verify.sanitizer_argv("racecheck", ["verify", SPEC.name])
     assert argv[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
     assert argv[argv.index("--kernel-name") + 1] == "kns=fmha_", "the reference's kernels are not instrumented"
-    assert argv[-4:] == ["-m", "fmha_runtime", "verify", SPEC.name]
+    assert argv[-6:] == ["-m", "fmha_runtime", "verify", SPEC.name, "--reference-device", "cpu"]
     with pytest.raises(InputError, match="memcheck"):
         verify.sanitizer_argv("leakcheck", [])
     monkeypatch.setattr("shutil.which", lambda name: None)
