@@ -107,17 +107,20 @@ def _is_short(p: Problem) -> bool:
 
 
 def _decodes_d64(p: Problem) -> bool:
-    pages = p.kv is KvLayout.PAGED and (p.head_dim, p.head_dim_v) == (64, 64)
-    return pages and p.seqlen_q <= 64 and p.batch * p.heads >= 256
+    plain = p.mask is Mask.BAND and p.score is Score.PLAIN  # as it was measured
+    pages = plain and p.kv is KvLayout.PAGED and (p.head_dim, p.head_dim_v) == (64, 64)
+    return pages and p.seqlen_q <= 64 and p.batch * p.heads >= 2048
 
 
 _PREFERENCES = (
-    # H200, 32 heads, 1 to 64 queries: 50.4 against 57.8 us for 8 sequences of 2k keys, 342 against 366 of 16k, 278
-    # against 395 for 64 sequences. With one sequence sm90 has 0.6 times the speed; at other head dims it never wins.
+    # H200, 32 heads, 1 to 64 queries, 2k keys: 278 against 395 us for 64 sequences. For 8 it was 50.4 against 57.8,
+    # which the wgmma row's present tile, a fifth faster for many queries and not timed with one, may well have turned
+    # round; with one sequence sm90 has 0.6 times the speed, and at other head dims it never wins
+    # (docs/notes/decoding_h200.md).
     _Preference(
         _decodes_d64,
         lambda spec, arch: spec.arch is Arch.SM90,
-        "{arch} kernels are faster with pages, head dim 64, up to 64 queries, 256 or more batch * heads",
+        "{arch} kernels are faster with pages, head dim 64, up to 64 queries, 2048 or more batch * heads",
     ),
     _Preference(
         lambda p: True,

@@ -77,7 +77,7 @@ def test_the_twin_that_was_passed_over_says_why():
 
 
 def decoding(**kw):
-    return d64(**{"kv": KvLayout.PAGED, "batch": 8, "heads": 32, "heads_k": 8, "seqlen_k": 2048, **kw})
+    return d64(**{"kv": KvLayout.PAGED, "batch": 64, "heads": 32, "heads_k": 8, "seqlen_k": 2048, **kw})
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,10 @@ def decoding(**kw):
         ({}, Arch.SM90),
         ({"seqlen_q": 64}, Arch.SM90),
         ({"seqlen_q": 65}, Arch.SM90A),
-        ({"batch": 256, "heads": 1, "heads_k": 1}, Arch.SM90),
-        ({"batch": 255, "heads": 1, "heads_k": 1}, Arch.SM90A),
+        ({"batch": 2048, "heads": 1, "heads_k": 1}, Arch.SM90),
+        ({"batch": 2047, "heads": 1, "heads_k": 1}, Arch.SM90A),
+        ({"score": Score.ALIBI}, Arch.SM90A),
+        ({"mask": Mask.PACKED}, Arch.SM90A),
         ({"batch": 1}, Arch.SM90A),
         ({"seqlen_k": 16384}, Arch.SM90),
         ({"seqlen_k": 100}, Arch.SM90),
