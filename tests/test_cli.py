@@ -455,7 +455,7 @@ def test_sanitizer_replaces_the_process(monkeypatch):
     (argv,) = called
     assert argv[0] == "/opt/compute-sanitizer"
     assert "memcheck" in argv
-    assert argv[-3:] == ["verify", SMALL, "--quick"]
+    assert argv[-5:] == ["verify", SMALL, "--quick", "--reference-device", "cpu"]
 
 
 @pytest.mark.parametrize("words", [["--head-dim", "big"], ["--seqlens", "512,x"], ["--grid", "x"]])
