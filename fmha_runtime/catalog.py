@@ -85,7 +85,7 @@ _TILES: dict[tuple[int, int], tuple[str, str, str]] = {
     (192, 128): ("64x64 w4 s2 c1", "128x32 w4 s2 c2", "64x32 w4 s2 c1"),
 }
 
-# Hopper's own kernels (TMA, wgmma), swept on an H200 on 2026-11-21 (docs/notes/hopper_forward.md).
+# Hopper's own kernels (TMA, wgmma), as `fmha tune` chose them in bf16 on an H200 on 2026-11-21 (docs/performance.md).
 _HOPPER_TILES: dict[tuple[int, int], str] = {
     (32, 32): "256x80 w20 s8 c1",
     (40, 40): "256x80 w20 s6 c1",
@@ -119,17 +119,16 @@ _HOPPER_SHORT_TILES: dict[tuple[int, int], str] = {
     (192, 192): "128x64 w12 s3 c1",  # 473/298 -> 508/327
 }
 
-# Where softcap, packed masks and pages are faster with another cut: chosen by `fmha tune` (2048 and 8192 tokens) but
-# for cuts that spill in the consumers, and d 128 with pages, where 192x64 is 2 % faster with many queries and 20 %
-# slower with one. The first of "packed paged", "packed", "softcap paged", "softcap", "paged" with an entry decides. A
-# copy from a page brings as many rows as the largest power of two that divides block_n, or a page: 64 is better than
-# 112.
+# Where softcap, packed masks and pages are faster with another cut: chosen by `fmha tune` (2048 tokens, softcap 8192 as
+# well) but for a few cuts that spill more, which docs/performance.md shows in bold, and d 128 with pages, where 192x64
+# is 2 % faster with many queries and 20 % slower with one. The first of "packed paged", "packed", "softcap paged",
+# "softcap", "paged" with an entry decides. A copy from a page brings as many rows as the largest power of two that
+# divides block_n, or a page: 64 is better than 112. What no entry says is the plain cut.
 _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((32, 32), "softcap"): "256x80 w20 s3 c1",
     ((40, 40), "softcap"): "256x64 w20 s8 c1",
     ((48, 48), "softcap"): "256x64 w20 s6 c1",
     ((64, 64), "softcap"): "192x96 w16 s3 c1",
-    ((72, 72), "softcap"): "256x64 w20 s3 c1",
     ((80, 80), "softcap"): "192x96 w16 s3 c1",
     ((96, 96), "softcap"): "192x80 w16 s3 c1",
     ((104, 104), "softcap"): "192x80 w16 s3 c1",
@@ -146,32 +145,24 @@ _HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((192, 128), "packed"): "192x80 w16 s3 c1",
     ((32, 32), "paged"): "256x64 w20 s8 c1",
     ((40, 40), "paged"): "256x64 w20 s8 c1",
-    ((48, 48), "paged"): "192x128 w16 s3 c1",
-    ((64, 64), "paged"): "192x128 w16 s3 c1",
     ((80, 80), "paged"): "192x64 w16 s3 c1",
     ((96, 96), "paged"): "192x64 w16 s3 c1",
     ((104, 104), "paged"): "192x64 w16 s3 c1",
     ((128, 128), "paged"): "128x128 w12 s3 c1",
-    ((160, 160), "paged"): "192x64 w16 s3 c1",
     ((192, 192), "paged"): "128x64 w12 s3 c1",
     ((192, 128), "paged"): "192x64 w16 s3 c1",
     ((256, 256), "paged"): "128x64 w12 s2 c1",
     # Not timed: cuts of 64 rows a copy that spill little.
-    ((48, 48), "packed paged"): "256x64 w20 s6 c1",
     ((80, 80), "packed paged"): "192x64 w16 s3 c1",
     ((96, 96), "packed paged"): "192x64 w16 s3 c1",
-    ((104, 104), "packed paged"): "192x64 w16 s3 c1",
     ((160, 160), "packed paged"): "128x64 w12 s3 c1",
     ((192, 128), "packed paged"): "128x64 w12 s3 c1",
-    ((256, 256), "packed paged"): "128x64 w12 s2 c1",
     ((32, 32), "softcap paged"): "256x64 w20 s8 c1",
-    ((64, 64), "softcap paged"): "192x96 w16 s3 c1",
     ((72, 72), "softcap paged"): "192x64 w16 s3 c1",
     ((80, 80), "softcap paged"): "192x64 w16 s3 c1",
     ((96, 96), "softcap paged"): "192x64 w16 s3 c1",
     ((104, 104), "softcap paged"): "192x64 w16 s3 c1",
     ((160, 160), "softcap paged"): "128x64 w12 s3 c1",
-    ((256, 256), "softcap paged"): "128x64 w12 s2 c1",
 }
 
 # Where a feature needs registers that the plain cut does not leave, another cut; chosen by "no spills", not timed yet.

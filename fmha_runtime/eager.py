@@ -159,6 +159,7 @@ register_torch_ops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def checked(q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None) -> call.Shape:
+    """``call.check_call`` of tensors with ``lengths`` as in ``make_plan``. Raises InputError: see there."""
     cu_q, cu_k, max_q, max_k, used, cache = lengths
     return call.check_call(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used, max_seqlen_q=max_q, max_seqlen_k=max_k, out=out,
@@ -170,7 +171,15 @@ def make_plan(
     q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, device: Any, stream: Any,
     fallback: Any, tile: str | None = None,
 ) -> Plan | None:  # fmt: skip
-    """The plan of a call, or None when plain torch is to run it (CPU tensors, or an explicit fallback)."""
+    """The plan of a call, or None when plain torch is to run it (CPU tensors, or an explicit fallback).
+
+    Args:
+        lengths: (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, whether K and V are a cache).
+        options: the arguments of ``call.options``.
+
+    Raises:
+        the errors of ``api.attention``.
+    """
     shape = checked(q, k, v, lengths, extras, out)
     opts = call.options(**options)
     if fallback not in (None, "torch"):
@@ -206,6 +215,7 @@ def make_plan(
 
 
 def arch_of(index: int) -> Arch:
+    """The target of a GPU. Raises UnsupportedProblem: there are no kernels for it."""
     capability = driver.capability(index)
     found = Arch.for_capability(*capability)
     if found is None:
@@ -218,6 +228,7 @@ def arch_of(index: int) -> Arch:
 
 
 def problem(arch: Arch, q: Any, shape: call.Shape, opts: call.Options, extras: Extras) -> Problem:
+    """What dispatch is asked about a checked call."""
     return Problem(
         arch=arch,
         dtype=tensors.dtype_of("q", q),

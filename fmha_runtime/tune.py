@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from multiprocessing import get_context
 from typing import Any
 
-from . import bench_peers, build, catalog, config, ledger, sources, tune_worker
+from . import bench_peers, build, catalog, config, ledger, mask_packer, sources, tune_worker
 from .bench_cells import SOFTCAP, Cell
 from .catalog import Tile
 from .errors import DriverError, FmhaError
@@ -116,9 +116,8 @@ def run(
     begin = time.monotonic()
     wanted = [(spec, tile) for spec in specs for tile in candidates(spec, tiles)]
     outcomes = build_all(wanted, jobs, say)
-    arch = Arch.for_capability(*info.capability)
-    if arch is not None and any(spec.mask is Mask.PACKED for spec in specs):  # their inputs are packed on the GPU
-        (packer,) = build.build([catalog.pack_spec(arch)])
+    if any(spec.mask is Mask.PACKED for spec in specs):  # their inputs are packed on the GPU
+        (packer,) = build.build([mask_packer.spec_for(device)])
         if packer.error is not None:
             raise packer.error
     tuned, skipped = [], []

@@ -230,11 +230,18 @@ def to_record(report: Report) -> ledger.Record:
     )
 
 
-def sanitizer_argv(tool: str, arguments: Sequence[str]) -> list[str]:
-    """The command line that runs ``fmha ARGUMENTS`` under compute-sanitizer, for os.execv.
+def sanitizer_options(tool: str, error_exitcode: int) -> list[str]:
+    """compute-sanitizer's options for a tool. Only kernels whose name begins with ``fmha_`` are instrumented: others
+    take hours under racecheck."""
+    options = ["--tool", tool, "--kernel-name", "kns=fmha_", "--error-exitcode", str(error_exitcode)]
+    if tool == "racecheck":  # each hazard, and not a guess at a missing barrier, which knows no mbarriers
+        options += ["--racecheck-report", "all"]
+    return options
 
-    Only kernels whose name begins with ``fmha_`` are instrumented, and the reference is computed on the CPU: its
-    kernels take hours under racecheck, or end it with an internal error.
+
+def sanitizer_argv(tool: str, arguments: Sequence[str]) -> list[str]:
+    """The command line that runs ``fmha ARGUMENTS`` under compute-sanitizer, for os.execv. The reference is computed on
+    the CPU: beside its kernels racecheck ends with an internal error.
 
     Raises:
         InputError: ``tool`` is not one of SANITIZERS.
@@ -248,8 +255,8 @@ def sanitizer_argv(tool: str, arguments: Sequence[str]) -> list[str]:
             "compute-sanitizer is not on PATH; it comes with the CUDA toolkit (not with the nvcc "
             "packages of PyPI): install the toolkit, or add its bin folder to PATH"
         )
-    options = ["--tool", tool, "--kernel-name", "kns=fmha_", "--error-exitcode", "1"]
-    return [program, *options, sys.executable, "-m", "fmha_runtime", *arguments, "--reference-device", "cpu"]
+    words = [*arguments, "--reference-device", "cpu"]
+    return [program, *sanitizer_options(tool, 1), sys.executable, "-m", "fmha_runtime", *words]
 
 
 def _on_emulator(device: str) -> bool:

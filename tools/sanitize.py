@@ -90,12 +90,7 @@ def judge(code: int | None, output: str) -> Outcome:
 
 def run(program: str, tool: str, words: Sequence[str], seconds: float) -> tuple[Outcome, str]:
     """This file as a worker under the sanitizer."""
-    options = ["--tool", tool, "--kernel-name", "kns=fmha_", "--error-exitcode", str(FOUND)]
-    if (
-        tool == "racecheck"
-    ):  # each hazard, not a guess at the barrier that is missing: that guess does not know mbarriers
-        options += ["--racecheck-report", "all"]
-    command = [program, *options, sys.executable, str(Path(__file__).resolve()), *words]
+    command = [program, *verify.sanitizer_options(tool, FOUND), sys.executable, str(Path(__file__).resolve()), *words]
     # Without torch's cache every tensor is an allocation of its own, and the byte behind it is nobody's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FMHA_BUILD_ON_DEMAND": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
