@@ -13,8 +13,8 @@ from .errors import EmulatorFault
 if TYPE_CHECKING:
     import torch
 
-L2_BYTES = 16 << 20
-"""Of a GPU's L2, what the K and V of heads that run side by side may fill."""
+L2_BYTES = 64 << 20
+"""Of the GPU that is emulated."""
 
 SMS = 2
 

@@ -11,7 +11,7 @@ import ctypes
 import math
 import sys
 import threading
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import call, catalog, config, driver, emulated_launch, emulator, params, tensor_map, tensors
@@ -21,6 +21,8 @@ from .errors import DriverError, InputError, UnsupportedProblem
 from .loader import Kernel
 from .packed_mask import PackedMask, pack
 from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
+from .sections import section_heads
+from .shortcut import shortcut
 from .spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -48,8 +50,8 @@ class Plan:
     __slots__ = (
         "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream",
         "_debug", "_device", "_empty", "_emulated", "_extras_key", "_guard", "_guards_left", "_lengths", "_lock",
-        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_smem", "_start", "_threads", "_torch",
-        "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
+        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_shortcut", "_smem", "_start", "_threads",
+        "_torch", "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
     )  # fmt: skip
 
     def __init__(
@@ -84,7 +86,7 @@ class Plan:
             self._device, self._empty = -1, emulated_launch.empty
             self._current_device, self._current_stream = (lambda: -1), (lambda device: 0)
         else:  # bound once: each look-up would cost every call
-            self._device, self._empty = kernel.device, _allocator()
+            self._device, self._empty = kernel.device, tensors.allocator()
             self._current_device = torch._C._cuda_getDevice
             self._current_stream = torch._C._cuda_getCurrentRawStream
         block = params.allocate(spec)
@@ -107,9 +109,13 @@ class Plan:
         p.seqlen_q, p.seqlen_k = shape.seqlen_q, shape.seqlen_k
         p.window_left, p.window_right = opts.window_left, opts.window_right
         p.m_blocks = -(-shape.seqlen_q // tile.block_m)
-        p.section_heads = self._section()
         # Masks as bits are mostly causal ones with exceptions (trees, prefixes): later rows see more.
         p.longest_first = int(opts.window_right != UNLIMITED or extras.mask is not None)
+        sms, l2 = self._machine()
+        p.section_heads = section_heads(
+            shape, opts, longest_first=bool(p.longest_first), block_m=tile.block_m, itemsize=spec.dtype.itemsize,
+            slots=sms * tile.ctas_per_sm, l2_bytes=l2,
+        )  # fmt: skip
         p.attention_chunk = opts.attention_chunk
         p.chunk_multiplier, p.chunk_shift = chunk_reciprocal(opts.attention_chunk)
         p.scale = opts.scale if opts.scale is not None else shape.head_dim**-0.5
@@ -122,6 +128,7 @@ class Plan:
         self._maps: tuple[int, ...] = ()
         self._map_words: tuple[ctypes.c_uint64, ...] = ()
         self._queued = False
+        self._shortcut: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None
         if isinstance(block, FwdSm90Params):
             tiles, self.grid = self.grid, self._ctas()
             block.tma.ctas = self.grid
@@ -137,12 +144,24 @@ class Plan:
 
     def _ctas(self) -> int:
         """CTAs of a Hopper kernel: as many as fit the GPU at once, each of which works through several tiles."""
-        sms = emulated_launch.SMS if self._emulated else driver.sm_count(self._device)
+        sms, _ = self._machine()
         return min(self.grid, sms * self.tile.ctas_per_sm)
+
+    def _machine(self) -> tuple[int, int]:
+        """(streaming multiprocessors, bytes of L2)"""
+        if self._emulated:
+            return emulated_launch.SMS, emulated_launch.L2_BYTES
+        return driver.sm_count(self._device), driver.l2_bytes(self._device)
 
     def _bind(self) -> None:
         argument = ctypes.addressof(self._argument)
         self._start = self.kernel.bound(self.grid, self._threads, self._smem, argument)
+        self._shortcut = None
+        if self._bare and self.grid and self._map_words and not self._debug:
+            self._shortcut = shortcut(
+                device=self._device, empty=self._empty, out=self._out, block=self._block, fields=self._params,
+                words=self._map_words, queued=self._queued, lock=self._lock, start=self._start,
+            )  # fmt: skip
 
     def use_plain_grid(self) -> None:
         """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
@@ -195,14 +214,6 @@ class Plan:
             p.mask_batch_stride = heads * p.mask_row_blocks if batch > 1 else 0
             p.mask_head_stride = p.mask_row_blocks if heads > 1 else 0
 
-    def _section(self) -> int:
-        """Query heads that run side by side: as many as keep their K and V in a quarter of the L2."""
-        s = self.shape
-        kv_bytes = s.seqlen_k * (s.head_dim + s.head_dim_v) * self.spec.dtype.itemsize
-        l2 = emulated_launch.L2_BYTES if self._emulated else driver.l2_bytes(self._device) // 4
-        kv_heads = max(1, l2 // max(1, kv_bytes))
-        return int(min(max(1, s.batch * s.heads), kv_heads * (s.heads // s.heads_k)))
-
     def run(
         self,
         q: torch.Tensor,
@@ -229,18 +240,20 @@ class Plan:
             InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
         guarded = self._guard(q, k, v)
+        nothing = cu_seqlens_q is cu_seqlens_k is seqused_k is alibi_slopes is sinks is page_table is mask is None
         if not guarded:
             self._compare(q, k, v)
+        elif nothing and stream is out is None and not return_lse and self._shortcut is not None:
+            done = self._shortcut(q, k, v)
+            if done is not None:
+                return done
         if out is not None and ((out.shape, out.stride(), out.dtype) != self._out or out.device != q.device):
             raise InputError(
                 f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; this plan writes "
                 f"{self._out[2]} {self._out[0]} with strides {self._out[1]} on {q.device}"
             )
         extras = NO_EXTRAS
-        if not (
-            self._bare
-            and cu_seqlens_q is cu_seqlens_k is seqused_k is alibi_slopes is sinks is page_table is mask is None
-        ):
+        if not (self._bare and nothing):
             self._check_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k)
             if not (alibi_slopes is sinks is page_table is mask is None):
                 extras = Extras(alibi_slopes, sinks, page_table, mask)
@@ -377,19 +390,6 @@ class Plan:
         if self._queued:
             self._block.queue = driver.queue_word(self._device, stream)
         self._start(stream)
-
-
-def _allocator() -> Any:
-    """(shape, strides, dtype) -> an uninitialised tensor on the current GPU: torch's own short cut below the
-    dispatcher, which compiled code calls, in half the time of torch.empty."""
-    import torch
-
-    found = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-    return found or partial(_empty_strided, torch)
-
-
-def _empty_strided(torch: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
 
 def chunk_reciprocal(chunk: int) -> tuple[int, int]:

@@ -56,6 +56,21 @@ def guard(*given: torch.Tensor) -> Callable[..., bool]:
         return no_guard
 
 
+def allocator() -> Callable[..., torch.Tensor]:
+    """(shape, strides, dtype) -> an uninitialised tensor on the current GPU: torch's own short cut below the
+    dispatcher, which compiled code calls, in half the time of torch.empty."""
+    import torch
+
+    found: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    return found or _empty_strided
+
+
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
 def dtype_of(name: str, tensor: torch.Tensor) -> DType:
     """The table's element type of a tensor.
 
