@@ -21,7 +21,6 @@ from fmha_runtime import driver, launch, params, tensor_map, tensors  # noqa: E4
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.spec import Arch  # noqa: E402
 
-
 GUARDED = hasattr(torch._C._dynamo.guards, "TensorGuards")
 needs_guards = pytest.mark.skipif(not GUARDED, reason="this torch has no TensorGuards")
 
