@@ -117,6 +117,7 @@ _HOPPER_SHORT_TILES: dict[tuple[int, int], str] = {
     (104, 104): "192x64 w16 s4 c1",  # 376/248 -> 407/261
     (160, 160): "128x64 w12 s3 c1",  # 461/288 -> 473/307
     (192, 192): "128x64 w12 s3 c1",  # 473/298 -> 508/327
+    (256, 256): "128x64 w12 s2 c1",  # 495/320 -> 510/332
 }
 
 # Where softcap, packed masks and pages are faster with another cut: chosen by `fmha tune` (2048 tokens, softcap 8192 as
@@ -218,34 +219,33 @@ _ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     for dtype in ("fp16", "bf16")
     for why, kernels in {
         _PRODUCER: {
-            "sm90a_{}_d64_packed": 60,
-            "sm90a_{}_d64_packed_paged": 132,
-            "sm90a_{}_d64_paged": 68,
-            "sm90a_{}_d64_alibi_paged": 68,
-            "sm90a_{}_d72_packed": 88,
-            "sm90a_{}_d72_packed_paged": 124,
-            "sm90a_{}_d72_paged": 96,
-            "sm90a_{}_d72_alibi_paged": 96,
-            "sm90a_{}_d80": 160,
-            "sm90a_{}_d80_alibi": 160,
-            "sm90a_{}_d80_softcap": 160,
-            "sm90a_{}_d96": 160,
-            "sm90a_{}_d96_alibi": 168,
-            "sm90a_{}_d104": 160,
-            "sm90a_{}_d104_alibi": 160,
-            "sm90a_{}_d128_softcap": 80,
-            "sm90a_{}_d160": 172,
-            "sm90a_{}_d160_alibi": 172,
-            "sm90a_{}_d160_paged": 164,
-            "sm90a_{}_d160_alibi_paged": 164,
-            "sm90a_{}_d160_softcap": 180,
+            "sm90a_{}_d64_packed": 108,
+            "sm90a_{}_d64_packed_paged": 160,
+            "sm90a_{}_d64_paged": 60,
+            "sm90a_{}_d64_alibi_paged": 60,
+            "sm90a_{}_d72_packed": 120,
+            "sm90a_{}_d72_packed_paged": 164,
+            "sm90a_{}_d72_paged": 60,
+            "sm90a_{}_d72_alibi_paged": 60,
+            "sm90a_{}_d80": 28,
+            "sm90a_{}_d80_alibi": 28,
+            "sm90a_{}_d80_softcap": 28,
+            "sm90a_{}_d96": 28,
+            "sm90a_{}_d96_alibi": 28,
+            "sm90a_{}_d104": 28,
+            "sm90a_{}_d104_alibi": 28,
+            "sm90a_{}_d160": 20,
+            "sm90a_{}_d160_alibi": 20,
+            "sm90a_{}_d160_paged": 112,
+            "sm90a_{}_d160_alibi_paged": 112,
+            "sm90a_{}_d160_softcap": 28,
         },
         _SOFTCAP: {
-            "sm90a_{}_d32_softcap": 52,
+            "sm90a_{}_d32_softcap": 36,
             "sm90a_{}_d48_softcap": 8,
             "sm90a_{}_d48_softcap_paged": 60,
             "sm90a_{}_d64_softcap": 8,
-            "sm90a_{}_d72_softcap": 156,
+            "sm90a_{}_d72_softcap": 16,
             "sm90a_{}_d128_softcap_paged": 8,
         },
         # Timed when it was 164, 84 and 24 bytes, before attention_chunk.

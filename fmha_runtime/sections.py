@@ -4,8 +4,8 @@
 Inside a section all heads start their longest tile before any starts its second longest (scheduler.cuh). Small sections
 keep K and V in the L2. Too small ones cost balance: the last section begins with its longest tiles as well, and when
 nothing is left beside them, most of the GPU waits for them. Measured on an H200 on 2026-11-21, causal, bf16, TFLOP/s,
-sections by the L2 alone -> these: d 128 2k 552 -> 576, 8k 668 -> 711, 16k 670 -> 706; d 256 8k 714 -> 765; d 64 8k
-512 -> 543; d 160 16k 688 -> 733.
+sections by the L2 alone -> these: d 128 2k 563 -> 583, 8k 668 -> 711, 16k 693 -> 727; d 256 8k 714 -> 772; d 64 8k
+512 -> 543; d 160 16k 697 -> 753.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -433,11 +434,32 @@ def test_the_yardstick_is_the_ratio_of_ratios(tmp_path: Path) -> None:
     hopper_record(9.0, "2026-11-23", tile="sm90").save(folder / "forced.json")
     page = gen_tables.yardstick(tmp_path)
     assert "bench/new.json" in page
-    assert "**bf16**: 96 of 96 cells measured, geometric mean of the quotient 1.092 (goal 1.05), 1 below 0.95" in page
-    assert "lowest 0.55" in page
-    assert "| bf16_d40_s512_c | 55 | 100 | 0.55 | 1.00 | **0.55** |" in page
+    assert "**bf16**, 96 of 96 cells measured. Over the best of cuDNN in the same process: geometric mean 1.2" in page
+    assert "The quotient with the peers' record (96 cells): geometric mean 1.092 (goal 1.05), lowest 0.55, 1 b" in page
+    assert "| bf16_d40_s512_c | 55 | 100 | **0.55** | 1.00 | **0.55** |" in page
     assert "| bf16_d32_s16384_n | 158 | 100 | 1.58 | 1.44 | 1.10 |" in page
-    assert "**fp16**: 18 of 18 cells measured, geometric mean of the quotient 1.100" in page
+    assert "**fp16**, 24 of 24 cells" in page and "the peers' record (18 cells): geometric mean 1.100" in page
+    assert "| fp16_d64_s512_n | 110 | 100 | 1.10 | - | - |" in page
+
+
+def test_the_yardstick_names_who_ran_in_the_same_process(tmp_path: Path) -> None:
+    import gen_tables
+
+    record = hopper_record(1.1)
+    fast = [replace(t, provider="flash_attn_3", tflops=2 * t.tflops) for t in record.cells if t.provider == "cudnn"]
+    absent = Timing(fast[0].case, "flash_attn_3", None, None, None, 0, absent="no such head dim")
+    replace(record, cells=(*record.cells, absent, *fast[1:])).save(tmp_path / "docs" / "bench" / "new.json")
+    page = gen_tables.yardstick(tmp_path)
+    assert "Over the best of cuDNN, FA3 in the same process" in page and "ahead in" in page
+    first, second = fast[0].case, fast[1].case
+    assert re.search(rf"\| {first} \| (\d+) \| 100 \| - \| 1\.\d\d \|", page)  # the best of those that ran
+    assert re.search(rf"\| {second} \| (\d+) \| 100 \| 200 \| \*\*0\.\d\d\*\* \|", page)
+
+
+def test_the_goals_are_held_against_the_newest_record(tmp_path: Path) -> None:
+    import gen_tables
+
+    hopper_record(1.1).save(tmp_path / "docs" / "bench" / "new.json")
     goals = gen_tables.goals(tmp_path)
     assert "| 32 | full | 385 | 158 | **0.41** | 360 | 1.58 | 1.44 |" in goals and "0 of 24 goals met" in goals
 

@@ -36,7 +36,7 @@ MUTANTS = {
         r"\1",
         "was initialised by thread 0 with nothing in between|there is no mbarrier",
     ),
-    "V is not waited for": mutant(WAIT_V, "", IN_FLIGHT),
+    "V is not waited for": mutant(WAIT_V, "", IN_FLIGHT + "|wgmma: race at .*, which the copy engine filled"),
     "K is not waited for": mutant(
         r"mbarrier_wait\(smem\.k_full\(ring\.stage\), ring\.parity\);(?=\s*wait_for_turn\(\);"
         r"\s*pin\(s_flat\);\s*wgmma_fence\(\);\s*issue_qk\(ring\.stage\);\s*mbarrier_wait)",
@@ -71,7 +71,7 @@ MUTANTS = {
         "more arrivals than|tma_load_4d: (race|writes)",
     ),
     "V is refilled while it is read": mutant(
-        r"mbarrier_wait\(smem\.v_empty\(ring\.stage\), ring\.parity \^ 1\);",
+        r"mbarrier_wait\(smem\.v_empty\(at\.stage\), at\.parity \^ 1\);",
         "",
         "more arrivals than|tma_load_4d: (race|writes)|deadlock|" + IN_FLIGHT,
     ),
@@ -101,7 +101,7 @@ MUTANTS = {
     "V released by lane 0 while other lanes zero it": mutant(
         r"(fence_async_shared\(\);\s*)sync_warp\(\);", r"\1", "wgmma: race at .* wrote with no"
     ),
-    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ at, [^;]*;", "", ""),
+    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ byte, [^;]*;", "", ""),
     "products without a fence": mutant(FENCE_STEP, r"\1", "was written by ordinary code after the latest wgmma_fence"),
     "O is rescaled while it is accumulated": mutant(
         WAIT_PV,

@@ -177,8 +177,10 @@ def test_any_mask(sq, sk, seed, causal, share, d, window):
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d80_packed")
 
 
-def mutant(pattern: str, replacement: str, fault: str, file: str = "packed_sm90.cuh") -> Mutant:
-    return Mutant(file, pattern, replacement, fault, SPEC.name)
+def mutant(
+    pattern: str, replacement: str, fault: str, file: str = "packed_sm90.cuh", kernel: str = SPEC.name
+) -> Mutant:
+    return Mutant(file, pattern, replacement, fault, kernel)
 
 
 MUTANTS = {
@@ -207,6 +209,7 @@ MUTANTS = {
         r"\2 \1",
         "race at .*(next|wrote with|read with)|ld_shared_v4",
         "fwd_sm90.cuh",
+        "fmha_fwd_sm90a_bf16_d64_packed",  # of two Q stages: with one, Q comes after the first K, and brings it along
     ),
     "all lanes read what lane 0 hands back": mutant(
         r"lane == 0 \? (static_cast<int>\(ld_shared_v4\(smem\.next_tile.*?\)) : 0;", r"\1;", "race at", "fwd_sm90.cuh"

@@ -155,7 +155,7 @@ MUTANTS = {
     "pieces larger than a page": mutant(
         r"return page_bits < kTileBits[^;]*;", "return kTileBits;", "deadlock|bytes announced|outside"
     ),
-    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ at, [^;]*;", "", "", "fwd_sm90.cuh"),
+    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ byte, [^;]*;", "", "", "fwd_sm90.cuh"),
 }
 
 

@@ -148,38 +148,51 @@ PACKED_FLOOR = 0.9  # of a packed mask's speed over the band's
 
 
 def yardstick(root: Path) -> str:
-    """Ours / cuDNN in one process against best / cuDNN in another, for the cells of the hopper grid."""
+    """Ours over the best of those that ran in the same process, and ours / cuDNN against best / cuDNN as the peers were
+    measured once, for the cells of the hopper grid."""
     found = _latest(root, [cell.key for cell in bench_cells.hopper() if cell.dtype is DType.BF16])
     if found is None:
         return "Not recorded yet: `fmha bench --grid hopper --json docs/bench/NAME.json`."
     path, record = found
-    cells, ratios = _peers(root)["cells"], record.ratios("cudnn")
+    then, over_cudnn = _peers(root)["cells"], record.ratios("cudnn")
+    here = [name for name in _PEERS if any(t.provider == name and t.tflops for t in record.cells)]
     parts = [f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}."]
     for dtype in ("bf16", "fp16"):
-        wanted = [c.key for c in bench_cells.hopper() if c.dtype.value == dtype and c.key in cells]
-        rows = [["case", "ours", "cuDNN", "ours / cuDNN", "best / cuDNN", "quotient"]]
-        quotients = []
+        wanted = [c.key for c in bench_cells.hopper() if c.dtype.value == dtype]
+        rows = [["case", "ours", *(_PEERS[name] for name in here), "ours / best here", "best / cuDNN then", "quotient"]]
+        to_best, quotients, plain = [], [], []
         for case in wanted:
-            best = cells[case]["best_over_cudnn"]
-            quotient = ratios[case] / best if case in ratios else None
+            ours = record.tflops(case, OURS)
+            theirs = [record.tflops(case, name) for name in here]
+            best = max((speed for speed in theirs if speed), default=None)
+            ratio = ours / best if ours and best else None
+            old = then.get(case)
+            quotient = over_cudnn[case] / old["best_over_cudnn"] if old and case in over_cudnn else None
+            to_best += [ratio] if ratio is not None else []
             quotients += [quotient] if quotient is not None else []
-            speeds = (record.tflops(case, name) for name in (OURS, "cudnn"))
-            row = [case, *map(_speed, speeds), f"{ratios[case]:.2f}" if case in ratios else "-", f"{best:.2f}"]
-            rows.append([*row, _mark(quotient, FLOOR)])
-        low = sum(q < FLOOR for q in quotients)
-        text = f"**{dtype}**: {len(quotients)} of {len(wanted)} cells measured"
-        if quotients:
-            mean = math.exp(sum(map(math.log, quotients)) / len(quotients))
-            text += f", geometric mean of the quotient {mean:.3f} (goal {GOAL}), {low} below {FLOOR}"
-            text += f", lowest {min(quotients):.2f}"
-            plain = [(record.tflops(case, OURS) or math.nan) / cells[case]["best"] for case in wanted if case in ratios]
-            mean = math.exp(sum(map(math.log, plain)) / len(plain))
+            plain += [ours / old["best"]] if old and ours else []
+            row = [case, *map(_speed, (ours, *theirs)), _mark(ratio, FLOOR)]
+            rows.append([*row, f"{old['best_over_cudnn']:.2f}" if old else "-", _mark(quotient, FLOOR)])
+        text = f"**{dtype}**, {len(to_best)} of {len(wanted)} cells measured."
+        if to_best:
             text += (
-                f". In plain TFLOP/s, which were measured on another day: {mean:.3f} of the best peer, lowest "
-                f"{min(plain):.2f}, {sum(x < FLOOR for x in plain)} below {FLOOR}"
+                f" Over the best of {', '.join(_PEERS[name] for name in here)} in the same process: {_summary(to_best)}"
             )
-        parts += [f"{text}.", _markdown(rows)]
+            text += f", ahead in {sum(r > 1 for r in to_best)}."
+        if quotients:
+            text += f" The quotient with the peers' record ({len(quotients)} cells): {_summary(quotients)}."
+            text += f" Plain TFLOP/s over that record's best, from another day: {_summary(plain)}."
+        parts += [text, _markdown(rows)]
     return "\n\n".join(parts)
+
+
+_PEERS = {"cudnn": "cuDNN", "flash": "torch's flash", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}
+
+
+def _summary(ratios: Sequence[float]) -> str:
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    low = sum(r < FLOOR for r in ratios)
+    return f"geometric mean {mean:.3f} (goal {GOAL}), lowest {min(ratios):.2f}, {low} below {FLOOR}"
 
 
 def goals(root: Path) -> str:

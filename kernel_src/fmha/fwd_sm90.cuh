@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Flash-attention forward for Hopper. One producer warp feeds rings of Q, K and V tiles through the copy engine and
-// says which query tile comes next; two or three warpgroups of consumers own 64 query rows each and multiply with
-// wgmma.
+// says which query tile comes next; two to four warpgroups of consumers own 64 query rows each and multiply with wgmma.
 //
 // A consumer issues the first product of tile n together with the second product of tile n + 1 (tiles go right to
 // left), then does the softmax of tile n. The consumers take turns issuing, so that one's softmax runs under another's
@@ -112,30 +111,16 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 load_groups(to, Traits::kKvGroupBytes, groups, map, bar, row, kv_head, k_batch);
             }
         };
-
-        for (int n_block = n_end - 1, after; n_block >= n_begin; n_block = after) {
-            after = walk.left_of(n_block);
-            const int row = static_cast<int>(work.seq.k_row) + n_block * Traits::kBlockN;
+        const int first_row = static_cast<int>(work.seq.k_row);
+        const auto load_v = [&](int n_block, const RingPosition<Traits::kStages>& at) {
             const int valid_rows = work.seq.k_len - n_block * Traits::kBlockN;
             const bool dirty = ragged && valid_rows < Traits::kBlockN;
-            const uint32_t v_tile = smem.v(ring.stage);
-            if (after < n_begin) {
-                queue.draw(lane);
-            }
+            const uint32_t v_tile = smem.v(at.stage);
             if (lane == 0) {
-                mbarrier_wait(smem.k_empty(ring.stage), ring.parity ^ 1);
-                if constexpr (Traits::kPacked) {
-                    st_shared_v4(smem.next_tile(ring.stage), Vec4{{static_cast<uint32_t>(after), 0, 0, 0}});
-                }
-                mbarrier_arrive_expect(smem.k_full(ring.stage), Traits::kKBytes);
-                load_kv(smem.k(ring.stage), Traits::kQkGroups, &maps.k_map, smem.k_full(ring.stage), row);
-                if (!assign_first && n_block == n_end - 1) {
-                    assign(assignment);
-                }
-                const uint32_t v_full = dirty ? smem.v_landed() : smem.v_full(ring.stage);
-                mbarrier_wait(smem.v_empty(ring.stage), ring.parity ^ 1);
+                const uint32_t v_full = dirty ? smem.v_landed() : smem.v_full(at.stage);
+                mbarrier_wait(smem.v_empty(at.stage), at.parity ^ 1);
                 mbarrier_arrive_expect(v_full, Traits::kVBytes);
-                load_kv(v_tile, Traits::kVGroups, &maps.v_map, v_full, row);
+                load_kv(v_tile, Traits::kVGroups, &maps.v_map, v_full, first_row + n_block * Traits::kBlockN);
             }
             if (dirty) {  // 0 * NaN is NaN: rows past the length are zeroed before anyone multiplies
                 sync_warp();
@@ -143,18 +128,52 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 landed_parity ^= 1;
                 for (int g = 0; g < Traits::kVGroups; ++g) {
                     const uint32_t group = v_tile + g * Traits::kKvGroupBytes;
-                    for (int at = valid_rows * Traits::kRowBytes + lane * kChunkBytes; at < Traits::kKvGroupBytes;
-                         at += 32 * kChunkBytes) {
-                        st_shared_v4(group + at, Vec4{{0, 0, 0, 0}});
+                    for (int byte = valid_rows * Traits::kRowBytes + lane * kChunkBytes; byte < Traits::kKvGroupBytes;
+                         byte += 32 * kChunkBytes) {
+                        st_shared_v4(group + byte, Vec4{{0, 0, 0, 0}});
                     }
                 }
                 fence_async_shared();
                 sync_warp();
                 if (lane == 0) {
-                    mbarrier_arrive(smem.v_full(ring.stage));
+                    mbarrier_arrive(smem.v_full(at.stage));
                 }
             }
+        };
+
+        // V follows one tile behind K, as its product does: its room is free later, and K must not wait for it.
+        int n_block = n_end - 1;
+        int walked = n_end;  // the tile whose K was loaded last; packed masks leave tiles out
+        FMHA_UNROLL_1
+        for (;;) {
+            const bool k_left = n_block >= n_begin;
+            const int after = k_left ? walk.left_of(n_block) : n_block;
+            if (k_left && after < n_begin) {
+                queue.draw(lane);
+            }
+            if (k_left && lane == 0) {
+                const uint32_t k_full = smem.k_full(ring.stage);
+                mbarrier_wait(smem.k_empty(ring.stage), ring.parity ^ 1);
+                if constexpr (Traits::kPacked) {
+                    st_shared_v4(smem.next_tile(ring.stage), Vec4{{static_cast<uint32_t>(after), 0, 0, 0}});
+                }
+                mbarrier_arrive_expect(k_full, Traits::kKBytes);
+                load_kv(smem.k(ring.stage), Traits::kQkGroups, &maps.k_map, k_full,
+                        first_row + n_block * Traits::kBlockN);
+                if (!assign_first && n_block == n_end - 1) {
+                    assign(assignment);
+                }
+            }
+            const int before = Traits::kPacked ? walked : n_block + 1;
+            if (before < n_end) {
+                load_v(before, ring.previous());
+            }
+            if (!k_left) {
+                break;
+            }
             ring.advance();
+            walked = n_block;
+            n_block = after;
         }
         q_ring.advance();
     }

@@ -109,6 +109,14 @@ struct RingPosition {
             parity ^= 1;
         }
     }
+
+    FMHA_DEVICE RingPosition previous() const {
+        const bool wraps = kStages == 1 || stage == 0;
+        RingPosition position;
+        position.stage = wraps ? kStages - 1 : stage - 1;
+        position.parity = parity ^ (wraps ? 1u : 0u);
+        return position;
+    }
 };
 
 }  // namespace fmha
