@@ -93,7 +93,10 @@ MUTANTS = {
     ),
     "wrong number of bytes": mutant(r"Traits::kKBytes\);", "Traits::kKBytes + 16);", "deadlock.* bytes announced"),
     "parity of the ring never flips": mutant(
-        r"parity \^= 1;(?=\s*\}\s*\}\s*FMHA_DEVICE RingPosition previous)", "", "more arrivals than|deadlock|tma_load_4d|wgmma", "smem_sm90.cuh"
+        r"parity \^= 1;(?=\s*\}\s*\}\s*FMHA_DEVICE RingPosition previous)",
+        "",
+        "more arrivals than|deadlock|tma_load_4d|wgmma",
+        "smem_sm90.cuh",
     ),
     "zeroed rows of V not shown to the tensor cores": mutant(
         r"fence_async_shared\(\);", "", "no fence_async_shared made it visible"

@@ -104,15 +104,15 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const int k_batch = p.cu_seqlens_k != nullptr ? 0 : work.tile.batch;
         // Past the end of a tensor the copy engine fills in zeros; past the end of a sequence there is somebody else.
         const bool ragged = p.cu_seqlens_k != nullptr || p.seqused_k != nullptr;
-        const auto load_kv = [&](uint32_t to, int groups, const TensorMap* map, uint32_t bar, int row) {
+        const auto load_kv = [&](uint32_t to, int groups, const TensorMap* map, uint32_t bar, int row, int page) {
             if constexpr (Traits::kPaged) {
-                load_pages<Traits>(p, to, groups, map, bar, row, work.seq.k_len, kv_head, work.tile.batch);
+                load_pages<Traits>(p, to, groups, map, bar, page, row, work.seq.k_len, kv_head, work.tile.batch);
             } else {
                 load_groups(to, Traits::kKvGroupBytes, groups, map, bar, row, kv_head, k_batch);
             }
         };
         const int first_row = static_cast<int>(work.seq.k_row);
-        const auto load_v = [&](int n_block, const RingPosition<Traits::kStages>& at) {
+        const auto load_v = [&](int n_block, int page, const RingPosition<Traits::kStages>& at) {
             const int valid_rows = work.seq.k_len - n_block * Traits::kBlockN;
             const bool dirty = ragged && valid_rows < Traits::kBlockN;
             const uint32_t v_tile = smem.v(at.stage);
@@ -120,7 +120,7 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 const uint32_t v_full = dirty ? smem.v_landed() : smem.v_full(at.stage);
                 mbarrier_wait(smem.v_empty(at.stage), at.parity ^ 1);
                 mbarrier_arrive_expect(v_full, Traits::kVBytes);
-                load_kv(v_tile, Traits::kVGroups, &maps.v_map, v_full, first_row + n_block * Traits::kBlockN);
+                load_kv(v_tile, Traits::kVGroups, &maps.v_map, v_full, first_row + n_block * Traits::kBlockN, page);
             }
             if (dirty) {  // 0 * NaN is NaN: rows past the length are zeroed before anyone multiplies
                 sync_warp();
@@ -143,11 +143,16 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
 
         // V follows one tile behind K, as its product does: its room is free later, and K must not wait for it.
         int n_block = n_end - 1;
+        int page_before = 0;
         int walked = n_end;  // the tile whose K was loaded last; packed masks leave tiles out
         FMHA_UNROLL_1
         for (;;) {
             const bool k_left = n_block >= n_begin;
             const int after = k_left ? walk.left_of(n_block) : n_block;
+            int page = 0;  // of the first row, looked up before there is room for it
+            if constexpr (Traits::kPaged) {
+                page = k_left ? page_of(p, first_row + n_block * Traits::kBlockN, work.seq.k_len, work.tile.batch) : 0;
+            }
             if (k_left && after < n_begin) {
                 queue.draw(lane);
             }
@@ -159,19 +164,20 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 }
                 mbarrier_arrive_expect(k_full, Traits::kKBytes);
                 load_kv(smem.k(ring.stage), Traits::kQkGroups, &maps.k_map, k_full,
-                        first_row + n_block * Traits::kBlockN);
+                        first_row + n_block * Traits::kBlockN, page);
                 if (!assign_first && n_block == n_end - 1) {
                     assign(assignment);
                 }
             }
             const int before = Traits::kPacked ? walked : n_block + 1;
             if (before < n_end) {
-                load_v(before, ring.previous());
+                load_v(before, page_before, ring.previous());
             }
             if (!k_left) {
                 break;
             }
             ring.advance();
+            page_before = page;
             walked = n_block;
             n_block = after;
         }

@@ -16,19 +16,22 @@ FMHA_DEVICE int piece_bits(int page_bits) {
     return page_bits < kTileBits ? page_bits : kTileBits;
 }
 
-// Asks for the tile of one sequence that starts at `first_token`, piece by piece. Entries of the page table at or past
-// the end of the sequence may be anything: such pieces are taken from page -1, where there are only zeros. So a tile
-// always counts its full size on `bar`.
-template <class Traits>
-FMHA_DEVICE void load_pages(const FwdParams& p, uint32_t to, int groups, const TensorMap* map, uint32_t bar,
-                            int first_token, int k_len, int kv_head, int batch) {
+// The page of a token. Entries of the page table at or past the end of the sequence may be anything: what lies there is
+// taken from page -1, where there are only zeros.
+FMHA_DEVICE int page_of(const FwdParams& p, int token, int k_len, int batch) {
     const int32_t* table = p.page_table + batch * p.page_table_stride;
+    return token < k_len ? ld_global_s32(table + (token >> p.page_bits)) : -1;
+}
+
+// Asks for the tile of one sequence that starts at `first_token`, in `page`, piece by piece, all of them: a tile always
+// counts its full size on `bar`.
+template <class Traits>
+FMHA_DEVICE void load_pages(const FwdParams& p, uint32_t to, int groups, const TensorMap* map, uint32_t bar, int page,
+                            int first_token, int k_len, int kv_head, int batch) {
     const int rows = 1 << piece_bits<Traits>(p.page_bits);
-    const auto page_of = [&](int token) { return token < k_len ? ld_global_s32(table + (token >> p.page_bits)) : -1; };
-    int page = page_of(first_token);
     FMHA_UNROLL_1
     for (int row = 0; row < Traits::kBlockN; row += rows) {
-        const int next_page = page_of(first_token + row + rows);  // on its way while this piece is asked for
+        const int next_page = page_of(p, first_token + row + rows, k_len, batch);  // on its way while this is asked for
         const int page_row = (first_token + row) & ((1 << p.page_bits) - 1);
         for (int g = 0; g < groups; ++g) {
             tma_load_4d(to + g * Traits::kKvGroupBytes + row * Traits::kRowBytes, map, bar, g * Traits::kGroupColumns,
