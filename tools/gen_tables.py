@@ -155,7 +155,7 @@ def yardstick(root: Path) -> str:
         return "Not recorded yet: `fmha bench --grid hopper --json docs/bench/NAME.json`."
     path, record = found
     then, over_cudnn = _peers(root)["cells"], record.ratios("cudnn")
-    here = [name for name in _PEERS if any(t.provider == name and t.tflops for t in record.cells)]
+    here = _present(record)
     parts = [f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}."]
     for dtype in ("bf16", "fp16"):
         wanted = [c.key for c in bench_cells.hopper() if c.dtype.value == dtype]
@@ -164,8 +164,7 @@ def yardstick(root: Path) -> str:
         for case in wanted:
             ours = record.tflops(case, OURS)
             theirs = [record.tflops(case, name) for name in here]
-            best = max((speed for speed in theirs if speed), default=None)
-            ratio = ours / best if ours and best else None
+            ratio = _over_best(ours, theirs)
             old = then.get(case)
             quotient = over_cudnn[case] / old["best_over_cudnn"] if old and case in over_cudnn else None
             to_best += [ratio] if ratio is not None else []
@@ -187,6 +186,16 @@ def yardstick(root: Path) -> str:
 
 
 _PEERS = {"cudnn": "cuDNN", "flash": "torch's flash", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}
+
+
+def _present(record: BenchRecord) -> list[str]:
+    """The peers that ran at least one cell of a record."""
+    return [name for name in _PEERS if any(t.provider == name and t.tflops for t in record.cells)]
+
+
+def _over_best(ours: float | None, theirs: Sequence[float | None]) -> float | None:
+    best = max((speed for speed in theirs if speed), default=None)
+    return ours / best if ours and best else None
 
 
 def _summary(ratios: Sequence[float]) -> str:
@@ -215,48 +224,31 @@ def goals(root: Path) -> str:
 
 
 def feature_speed(root: Path) -> str:
-    """The feature cells against the best peer, and where the same backend ran then and now, by ratio to it."""
+    """The feature cells against those who ran in the same process, and the best of the peers' record."""
     wanted = [cell.key for cell in bench_cells.features()]
     found = _latest(root, wanted)
     if found is None:
         return "Not recorded yet: `fmha bench --grid features --json docs/bench/NAME.json`."
     path, record = found
-    peers = _peers(root)["cells"]
-    head = [
-        "case",
-        "ours",
-        "best peer",
-        "ours / best",
-        "same backend then and now",
-        "ours / it",
-        "best / it",
-        "quotient",
-    ]
-    rows = [head]
+    then = _peers(root)["cells"]
+    here = _present(record)
+    rows = [["case", "ours", *(_PEERS[name] for name in here), "ours / best here", "best then", "ours / best then"]]
     for case in wanted:
-        ours, entry = record.tflops(case, OURS), peers.get(case)
-        row = [case, _speed(ours)]
-        if entry is None:  # a packed mask: held against our own band kernel
-            band = record.ratios(BAND).get(case)
-            rows.append([*row, "", "", "our band kernel", _mark(band, PACKED_FLOOR), "", ""])
+        ours, theirs, old = record.tflops(case, OURS), [record.tflops(case, name) for name in here], then.get(case)
+        row = [case, *map(_speed, (ours, *theirs))]
+        if old is None:  # a packed mask: held against our own band kernel
+            band = _mark(record.ratios(BAND).get(case), PACKED_FLOOR)
+            rows.append([*row, f"{band} of our band kernel", "-", "-"])
             continue
-        best = entry["best"]
-        who = next(name for name, value in entry["tflops"].items() if value == best)
-        row += [f"{best} ({who})", _mark(ours / best if ours else None, 1.0)]
-        for name, column in (("cudnn", "cuDNN 9.19"), ("flash", "FA2 (torch)")):
-            then, now = entry["tflops"].get(column), record.ratios(name).get(case)
-            if then is not None and now is not None:
-                row += [name, f"{now:.2f}", f"{best / then:.2f}", _mark(now / (best / then), 1.0)]
-                break
-        else:
-            row += ["-", "", "", ""]
-        rows.append(row)
+        who = next(name for name, value in old["tflops"].items() if value == old["best"])
+        row += [_mark(_over_best(ours, theirs), 1.0), f"{old['best']} ({who})"]
+        rows.append([*row, _mark(ours / old["best"] if ours else None, 1.0)])
     text = (
         f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}. Bold: below the best peer, or a packed mask"
     )
     text += f" below {PACKED_FLOOR} of the band kernel."
     absent = [f"- {who} is absent from {len(cases)} cells: {why}" for (who, why), cases in record.absences().items()]
-    return "\n\n".join([text, _markdown(rows), *absent])
+    return "\n\n".join([text, _markdown(rows), "\n".join(absent)])
 
 
 def tiles(root: Path) -> str:
