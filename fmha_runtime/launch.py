@@ -11,7 +11,6 @@ import ctypes
 import math
 import sys
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import call, catalog, config, driver, emulated_launch, emulator, params, tensor_map, tensors
@@ -22,7 +21,6 @@ from .loader import Kernel
 from .packed_mask import PackedMask, pack
 from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .sections import section_heads
-from .shortcut import shortcut
 from .spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -50,8 +48,8 @@ class Plan:
     __slots__ = (
         "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream",
         "_debug", "_device", "_empty", "_emulated", "_extras_key", "_guard", "_guards_left", "_lengths", "_lock",
-        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_shortcut", "_smem", "_start", "_threads",
-        "_torch", "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
+        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_smem", "_start", "_threads", "_torch",
+        "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
     )  # fmt: skip
 
     def __init__(
@@ -128,7 +126,6 @@ class Plan:
         self._maps: tuple[int, ...] = ()
         self._map_words: tuple[ctypes.c_uint64, ...] = ()
         self._queued = False
-        self._shortcut: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None
         if isinstance(block, FwdSm90Params):
             tiles, self.grid = self.grid, self._ctas()
             block.tma.ctas = self.grid
@@ -156,12 +153,6 @@ class Plan:
     def _bind(self) -> None:
         argument = ctypes.addressof(self._argument)
         self._start = self.kernel.bound(self.grid, self._threads, self._smem, argument)
-        self._shortcut = None
-        if self._bare and self.grid and self._map_words and not self._debug:
-            self._shortcut = shortcut(
-                device=self._device, empty=self._empty, out=self._out, block=self._block, fields=self._params,
-                words=self._map_words, queued=self._queued, lock=self._lock, start=self._start,
-            )  # fmt: skip
 
     def use_plain_grid(self) -> None:
         """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
@@ -240,20 +231,18 @@ class Plan:
             InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
         guarded = self._guard(q, k, v)
-        nothing = cu_seqlens_q is cu_seqlens_k is seqused_k is alibi_slopes is sinks is page_table is mask is None
         if not guarded:
             self._compare(q, k, v)
-        elif nothing and stream is out is None and not return_lse and self._shortcut is not None:
-            done = self._shortcut(q, k, v)
-            if done is not None:
-                return done
         if out is not None and ((out.shape, out.stride(), out.dtype) != self._out or out.device != q.device):
             raise InputError(
                 f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; this plan writes "
                 f"{self._out[2]} {self._out[0]} with strides {self._out[1]} on {q.device}"
             )
         extras = NO_EXTRAS
-        if not (self._bare and nothing):
+        if not (
+            self._bare
+            and cu_seqlens_q is cu_seqlens_k is seqused_k is alibi_slopes is sinks is page_table is mask is None
+        ):
             self._check_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k)
             if not (alibi_slopes is sinks is page_table is mask is None):
                 extras = Extras(alibi_slopes, sinks, page_table, mask)

@@ -21,9 +21,6 @@ from fmha_runtime import driver, launch, params, tensor_map, tensors  # noqa: E4
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.spec import Arch  # noqa: E402
 
-GUARDED = hasattr(torch._C._dynamo.guards, "TensorGuards")
-needs_guards = pytest.mark.skipif(not GUARDED, reason="this torch has no TensorGuards")
-
 
 @pytest.fixture
 def stub(monkeypatch):
@@ -167,57 +164,6 @@ def test_an_explicit_stream_is_taken(stub):
     assert stub.launches[-1].stream == 7
 
 
-def shortcuts(plan):
-    """Notes what the plan's short cut returns from now on."""
-    taken, real = [], plan._shortcut
-    plan._shortcut = lambda *given: (taken.append(real(*given)), taken[-1])[1]
-    return taken
-
-
-@needs_guards
-def test_the_common_call_of_a_plan_takes_the_short_cut(stub):
-    plan = fmha.plan(*qkv(b=64))
-    plan.run(*qkv(b=64))  # the first one makes the guard
-    taken = shortcuts(plan)
-    q, k, v = qkv(b=64)
-    out, lse = plan.run(q, k, v, return_lse=True)
-    assert addresses(stub.launches[-1].block)["lse"] == lse.data_ptr() and not taken
-    out = plan.run(q, k, v)
-    last = stub.launches[-1]
-    assert taken[0] is out and out.shape == q.shape and out.dtype is q.dtype and out.is_contiguous()
-    assert addresses(last.block) == {name: t.data_ptr() for name, t in {"q": q, "k": k, "v": v, "o": out}.items()}
-    assert maps(last.block) == [t.data_ptr() for t in (q, k, v)]
-    assert last.stream == STREAM and last.block.queue == QUEUE + 4 * STREAM
-    plan.run(q, k, v, out=out), plan.run(q, k, v, stream=9)
-    assert len(taken) == 1 and stub.launches[-1].stream == 9
-
-
-@needs_guards
-def test_the_short_cut_leaves_the_uncommon_to_the_long_way(stub):
-    q, k, v = qkv()
-    plan = fmha.plan(q, k, v)
-    plan.run(q, k, v)
-    taken = shortcuts(plan)
-    stub.current = 1
-    plan.run(q, k, v)
-    assert stub.launches[-1].device == 0 and stub.current == 1
-    stub.current = 0
-    stub.refusals.append(DriverError("no context", code=driver.INVALID_CONTEXT))
-    stub.refusals.append(stub.refusals[0])
-    plan.run(q, k, v)
-    assert stub.bound == [0] and len(stub.launches) == 3
-    with pytest.raises(fmha.InputError, match=r"^k starts"):
-        plan.run(q, other(k, "address"), v)
-    for _ in range(2):
-        stub.refusals.append(DriverError("out of memory", code=2))
-    with pytest.raises(DriverError, match="out of memory"):
-        plan.run(q, k, v)
-    assert taken == [None] * 4 and len(stub.launches) == 3
-    with pytest.raises(fmha.InputError, match="a plan is for one set of optional tensors"):
-        plan.run(q, k, v, sinks=torch.zeros(8))
-    assert plan.run(q, k, v) is taken[4]
-
-
 def test_a_queue_of_tiles_goes_with_the_stream(stub):
     q, k, v = qkv(b=64)  # more tiles than CTAs
     for stream in (5, 6):
@@ -282,6 +228,10 @@ def test_gradients_are_refused_by_calls_and_plans(stub, which):
             run(**given)
         with torch.no_grad():
             run(**given)
+
+
+GUARDED = hasattr(torch._C._dynamo.guards, "TensorGuards")
+needs_guards = pytest.mark.skipif(not GUARDED, reason="this torch has no TensorGuards")
 
 
 @needs_guards

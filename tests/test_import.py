@@ -20,7 +20,7 @@ FLOORS = {
     0: "errors config spec alibi",
     1: "catalog forced_tile sources manifest params publish ledger",
     2: "build driver emulator tensors interop packed_mask tensor_map",
-    3: "call dispatch emulated_launch launch loader mask_packer merge reference sections shortcut torch_ops",
+    3: "call dispatch emulated_launch launch loader mask_packer merge reference sections torch_ops",
     4: "api eager",
     5: "verify verify_cases verify_check verify_pack bench bench_record plots doctor inspection progress"
     " report selection integrations integrations.torch_sdpa integrations.transformers"

@@ -118,6 +118,18 @@ def test_missing_kernel_names_the_command(monkeypatch, tmp_path):
     with pytest.raises(fmha.KernelNotBuilt, match="fmha build fmha_fwd_sm90_bf16_d128") as caught:
         loader.load(spec, device="cuda:0")
     assert caught.value.command == "fmha build fmha_fwd_sm90_bf16_d128"
+    assert str(caught.value).count("fmha build") == 1 and "FMHA_BUILD_ON_DEMAND=1" in str(caught.value)
+
+
+@pytest.mark.parametrize("d", [1, 12, 100, 300])
+def test_a_head_dim_without_kernels_is_no_question_of_strides(d):
+    """Rows of 12 or 100 elements are not aligned however they lie; what is wrong is that no kernel has them."""
+    q, k, v = (half(1, 8, 2, d) for _ in range(3))
+    with pytest.raises(fmha.UnsupportedProblem, match=rf"head dim {d},.*Head dims on"):
+        fmha.attention(q, k, v, device="emulator")
+    assert torch.equal(fmha.attention(q, k, v, device="emulator", fallback="torch"), fmha.attention(q, k, v))
+    with pytest.raises(fmha.UnsupportedProblem, match=f"head dim {d}x64"):
+        fmha.attention(q, k, half(1, 8, 2, 64), device="emulator")
 
 
 def test_a_failed_build_on_demand_shows_the_compilers_error(monkeypatch, tmp_path):
