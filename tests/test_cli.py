@@ -75,7 +75,7 @@ PLAIN = ["--mask", "band", "--score", "plain", "--no-paged", "--no-short"]
         (["fmha_fwd_sm8?_*_d64"], 6),
         ([SMALL], 1),
         ([*PLAIN, "--op", "fwd"], 156),
-        (["--short"], 20),
+        (["--short"], 18),
         (["--short", "--head-dim", "64"], 2),
         (["--no-short", "--head-dim", "64", "--arch", "sm90a"], 16),
         (["--no-short", "--op", "pack"], 5),
