@@ -38,10 +38,10 @@ def section_heads(
     if not longest_first:
         return min(units, in_l2) * group
     wanted = max(in_l2, -(-_for_balance(shape, options, block_m, slots) // group))
-    sections = max(1, units // wanted)
-    while sections > 1 and units - (sections - 1) * -(-units // sections) < wanted:
-        sections -= 1  # sections of equal size, the last one too
-    return -(-units // sections) * group
+    size = -(-units // max(1, units // wanted))
+    while size < units and units - (-(-units // size) - 1) * size < wanted:
+        size += 1  # until the last section is large enough too
+    return size * group
 
 
 def _for_balance(shape: Shape, options: Options, block_m: int, slots: int) -> int:
