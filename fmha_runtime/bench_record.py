@@ -7,7 +7,7 @@ Needs neither torch nor a GPU: tables and plots are made from recorded files.
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ class BenchRecord:
         ratios = self.ratios(peer)
         if not ratios:
             return None
-        return math.exp(sum(math.log(r) for r in ratios.values()) / len(ratios))
+        return statistics.geometric_mean(ratios.values())
 
     def absences(self) -> dict[tuple[str, str], list[str]]:
         """The cells that were not run, by provider and reason."""

@@ -109,10 +109,10 @@ class Plan:
         p.m_blocks = -(-shape.seqlen_q // tile.block_m)
         # Masks as bits are mostly causal ones with exceptions (trees, prefixes): later rows see more.
         p.longest_first = int(opts.window_right != UNLIMITED or extras.mask is not None)
-        sms, l2 = self._machine()
+        slots, l2 = self._machine()
         p.section_heads = section_heads(
             shape, opts, longest_first=bool(p.longest_first), block_m=tile.block_m, itemsize=spec.dtype.itemsize,
-            slots=sms * tile.ctas_per_sm, l2_bytes=l2,
+            slots=slots, l2_bytes=l2,
         )  # fmt: skip
         p.attention_chunk = opts.attention_chunk
         p.chunk_multiplier, p.chunk_shift = chunk_reciprocal(opts.attention_chunk)
@@ -127,7 +127,7 @@ class Plan:
         self._map_words: tuple[ctypes.c_uint64, ...] = ()
         self._queued = False
         if isinstance(block, FwdSm90Params):
-            tiles, self.grid = self.grid, self._ctas()
+            tiles, self.grid = self.grid, min(self.grid, slots)  # CTAs that work through several tiles each
             block.tma.ctas = self.grid
             self._queued = self.grid < tiles
             self._encode_maps(block.tma, (q, k, v))
@@ -139,16 +139,11 @@ class Plan:
     def __str__(self) -> str:
         return f"{self.spec.name} tile {self.tile} grid {self.grid} smem {self._smem} {self.shape} {self.options}"
 
-    def _ctas(self) -> int:
-        """CTAs of a Hopper kernel: as many as fit the GPU at once, each of which works through several tiles."""
-        sms, _ = self._machine()
-        return min(self.grid, sms * self.tile.ctas_per_sm)
-
     def _machine(self) -> tuple[int, int]:
-        """(streaming multiprocessors, bytes of L2)"""
+        """(CTAs that fit the GPU at once, bytes of its L2)"""
         if self._emulated:
-            return emulated_launch.SMS, emulated_launch.L2_BYTES
-        return driver.sm_count(self._device), driver.l2_bytes(self._device)
+            return emulated_launch.SMS * self.tile.ctas_per_sm, emulated_launch.L2_BYTES
+        return driver.sm_count(self._device) * self.tile.ctas_per_sm, driver.l2_bytes(self._device)
 
     def _bind(self) -> None:
         argument = ctypes.addressof(self._argument)

@@ -82,8 +82,8 @@ def _built(spec: KernelSpec) -> manifest.KernelRow:
             return row
     state = manifest.state(spec)
     raise KernelNotBuilt(
-        f"{spec.name} is {state.word}: {state.reason}{'' if command in state.reason else f'; run `{command}`'}, or set "
-        "FMHA_BUILD_ON_DEMAND=1, which builds missing kernels at their first use",
+        f"{spec.name} is {state.word}: {state.reason}, or set FMHA_BUILD_ON_DEMAND=1, which builds missing kernels at "
+        "their first use",
         name=spec.name,
         command=command,
     )

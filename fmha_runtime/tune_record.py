@@ -7,7 +7,7 @@ Needs neither torch nor a GPU: tables are made from recorded files.
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ class Tuned:
         if outcome.state != OK or not self.cells or not all(outcome.tflops.get(cell) for cell in self.cells):
             return None
         norm = self.norm()
-        return math.exp(sum(math.log(outcome.tflops[c] / norm[c]) for c in self.cells) / len(self.cells))
+        return statistics.geometric_mean(outcome.tflops[c] / norm[c] for c in self.cells)
 
     @property
     def choice(self) -> Outcome | None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,6 +145,7 @@ PEERS_FILE = "peers_h200.json"
 FLOOR = 0.95  # no cell of the yardstick may be below
 GOAL = 1.05  # of the geometric mean
 PACKED_FLOOR = 0.9  # of a packed mask's speed over the band's
+LABELS = {"cudnn": "cuDNN", "flash": "torch's flash", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}  # of peers
 
 
 def yardstick(root: Path) -> str:
@@ -159,7 +160,7 @@ def yardstick(root: Path) -> str:
     parts = [f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}."]
     for dtype in ("bf16", "fp16"):
         wanted = [c.key for c in bench_cells.hopper() if c.dtype.value == dtype]
-        rows = [["case", "ours", *(_PEERS[name] for name in here), "ours / best here", "best / cuDNN then", "quotient"]]
+        rows = [["case", "ours", *(LABELS[name] for name in here), "ours / best here", "best / cuDNN then", "quotient"]]
         to_best, quotients, plain = [], [], []
         for case in wanted:
             ours = record.tflops(case, OURS)
@@ -174,10 +175,8 @@ def yardstick(root: Path) -> str:
             rows.append([*row, f"{old['best_over_cudnn']:.2f}" if old else "-", _mark(quotient, FLOOR)])
         text = f"**{dtype}**, {len(to_best)} of {len(wanted)} cells measured."
         if to_best:
-            text += (
-                f" Over the best of {', '.join(_PEERS[name] for name in here)} in the same process: {_summary(to_best)}"
-            )
-            text += f", ahead in {sum(r > 1 for r in to_best)}."
+            names, ahead = ", ".join(LABELS[name] for name in here), sum(r > 1 for r in to_best)
+            text += f" Over the best of {names} in the same process: {_summary(to_best)}, ahead in {ahead}."
         if quotients:
             text += f" The quotient with the peers' record ({len(quotients)} cells): {_summary(quotients)}."
             text += f" Plain TFLOP/s over that record's best, from another day: {_summary(plain)}."
@@ -185,12 +184,9 @@ def yardstick(root: Path) -> str:
     return "\n\n".join(parts)
 
 
-_PEERS = {"cudnn": "cuDNN", "flash": "torch's flash", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}
-
-
 def _present(record: BenchRecord) -> list[str]:
     """The peers that ran at least one cell of a record."""
-    return [name for name in _PEERS if any(t.provider == name and t.tflops for t in record.cells)]
+    return [name for name in LABELS if any(t.provider == name and t.tflops for t in record.cells)]
 
 
 def _over_best(ours: float | None, theirs: Sequence[float | None]) -> float | None:
@@ -199,8 +195,7 @@ def _over_best(ours: float | None, theirs: Sequence[float | None]) -> float | No
 
 
 def _summary(ratios: Sequence[float]) -> str:
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    low = sum(r < FLOOR for r in ratios)
+    mean, low = statistics.geometric_mean(ratios), sum(r < FLOOR for r in ratios)
     return f"geometric mean {mean:.3f} (goal {GOAL}), lowest {min(ratios):.2f}, {low} below {FLOOR}"
 
 
@@ -232,7 +227,7 @@ def feature_speed(root: Path) -> str:
     path, record = found
     then = _peers(root)["cells"]
     here = _present(record)
-    rows = [["case", "ours", *(_PEERS[name] for name in here), "ours / best here", "best then", "ours / best then"]]
+    rows = [["case", "ours", *(LABELS[name] for name in here), "ours / best here", "best then", "ours / best then"]]
     for case in wanted:
         ours, theirs, old = record.tflops(case, OURS), [record.tflops(case, name) for name in here], then.get(case)
         row = [case, *map(_speed, (ours, *theirs))]
