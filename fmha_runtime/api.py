@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, eager, interop, launch, loader, mask_packer, merge
+from . import call, dispatch, eager, interop, launch, loader, mask_packer, merge, obtain
 from .call import Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError
@@ -271,7 +271,7 @@ def prepare(problem: Problem, *, device: int = 0) -> None:
         UnsupportedProblem, KernelNotBuilt, ArtifactError, DriverError: as ``attention``.
     """
     for spec in dispatch.kernels(problem):
-        loader.load(spec, device=f"cuda:{device}")
+        obtain.kernel(spec, device=f"cuda:{device}")
     if problem.mask is Mask.PACKED:
         mask_packer.prepare(device)
 

@@ -11,15 +11,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import bench_peers, ledger, sources
+from . import bench_peers, records, sources
 from .bench_cells import TOKENS, WIDTH, Cell, Inputs, inputs
 from .bench_peers import MATH_LENGTH, SDPA
 from .bench_provider import Absent, Call, Runnable, reason
 from .bench_record import OURS, BenchRecord, HostTime, Timing
+from .catalog import Tile
 from .errors import DriverError, FmhaError
 from .spec import DType
 
@@ -162,9 +162,9 @@ def run(
     meta = {
         **{"gpu": info.name, "capability": list(info.capability), "driver": info.driver_version},
         **{"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()},
-        **{"commit": ledger.commit(), "kernels": kernels, "tile": tile, "missing": missing},
+        **{"commit": records.commit(), "kernels": kernels, "tile": tile, "missing": missing},
         **{"clock_mhz_before": clock_before, "clock_mhz_after": _clock_mhz(device)},
-        **{"date": datetime.now(timezone.utc).isoformat(timespec="seconds")},
+        **{"date": records.now()},
         **{"seconds": round(time.monotonic() - begin, 1), "tokens": TOKENS, "width": WIDTH},
         **{"flush_mib": FLUSH_BYTES >> 20, "math_backend_up_to": MATH_LENGTH},
     }
@@ -376,7 +376,7 @@ def _identity(runnable: Runnable) -> dict[str, str]:
     from .spec import KernelSpec
 
     spec = KernelSpec.parse(str(runnable.kernel))
-    return {"tile": str(runnable.tile), "source_hash": sources.source_hash(spec)}
+    return {"tile": str(runnable.tile), "code": sources.code(spec, Tile.parse(str(runnable.tile)))}
 
 
 def _clock_mhz(device: int) -> int | None:

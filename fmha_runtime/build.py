@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compilers: find nvcc, build kernels in a pool, judge what ptxas reports; PTX and disassembly.
+"""Builds kernels: nvcc in a pool, what ptxas reports judged, the result published.
 
-Besides emulator.py the only file that starts processes. Identity is content (see ``_entry``), never
-an mtime.
+The identity of a build is its content (see ``_entry``), never an mtime.
 """
 
 from __future__ import annotations
@@ -12,44 +11,23 @@ import hashlib
 import re
 import shlex
 import shutil
-import subprocess
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import catalog, config, manifest, params, publish, sources
+from . import catalog, config, manifest, params, publish, sources, store
 from .catalog import Tile
-from .errors import ArtifactError, BuildError, ToolchainError
+from .errors import ArtifactError, BuildError
 from .manifest import KernelRow
+from .nvcc import Nvcc, command_line, failure, find_host_cxx, run, try_nvcc
 from .spec import KernelSpec
 
-_RELEASE = re.compile(r"release (\d+\.\d+), V([\d.]+)")
 _SLOW_PATHS = re.compile(r"wgmma\.mma_async instructions are serialized|setmaxnreg.*ignored")
 """What ptxas says when a Hopper kernel compiles but loses its asynchrony: a 1.5 to 2.5 times slower kernel."""
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
-# The parts of a toolkit from the package index; each is a wheel, so nothing but pip keeps them at
-# one version.
-_PARTS = ("cuda_nvcc", "nvvm", "cuda_crt", "cuda_runtime", "cuda_cccl")
-_LINES = 20  # of a compiler's log, in an error
-_USUAL = Path("/usr/local/cuda/bin/nvcc")
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
-_PTX = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9]*)\b[^\n]*;", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Nvcc:
-    """The CUDA compiler that builds use: where it is, its version (``13.0.88``), and how it was
-    found.
-    """
-
-    path: Path
-    version: str
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +36,7 @@ class BuildResult:
 
     ``status`` is ``built``, ``up to date`` or ``failed`` (then ``error`` says why). ``lock`` tells
     whether the bytes are those of the packaged manifest: ``same``, ``differs``, or empty when the
-    manifest locks no build of these sources with this compiler. Sizes are bytes.
+    manifest locks no build of this code with this compiler. Sizes are bytes.
     """
 
     spec: KernelSpec
@@ -85,40 +63,6 @@ class Event:
     result: BuildResult | None = None
 
 
-def find_nvcc() -> Nvcc:
-    """The nvcc to use: FMHA_NVCC, then the Python packages (cuda-pathfinder), PATH,
-    /usr/local/cuda.
-
-    Raises:
-        ToolchainError: there is none, it does not run, or its toolkit is a mix of versions.
-    """
-    path, origin = _locate_nvcc()
-    found = _RELEASE.search(_tool_output([str(path), "--version"]))
-    if found is None:
-        raise ToolchainError(
-            f"{path} (from {origin}) does not answer --version like an nvcc; set FMHA_NVCC to one that works"
-        )
-    release, version = found.groups()
-    _check_toolkit(path, release)
-    return Nvcc(path, version, origin)
-
-
-def find_host_cxx() -> Path:
-    """The host C++ compiler, which nvcc needs as a preprocessor even for a cubin.
-
-    Raises:
-        ToolchainError: there is none.
-    """
-    name = config.host_cxx()
-    found = config.which(name)
-    if found is None:
-        raise ToolchainError(
-            f"no host C++ compiler {name!r}; nvcc and the emulator need one: install g++ "
-            "(for example `apt-get install g++`) or set FMHA_HOST_CXX"
-        )
-    return found
-
-
 def build(
     specs: Sequence[KernelSpec],
     *,
@@ -137,7 +81,7 @@ def build(
         jobs: compilers at once; None means ``config.build_jobs()``.
         force: build even what is up to date.
         keep: leave the translation unit and the command line beside the cubin.
-        into: a packaged root (``ARCH/NAME.cubin`` and ``manifest.json``) instead of the cache. A
+        into: a packaged root (``ARCH/NAME.cubin`` and ``manifest/OP_ARCH.json``) instead of the cache. A
             cache shows each kernel as soon as it is finished; a packaged root is written at the
             end, by one writer at a time.
         tile: another tile than the catalogue's, for experiments; dispatch never picks such a cubin.
@@ -156,7 +100,7 @@ def build(
     tiles = {spec: tile or catalog.tile(spec) for spec in specs}
     for spec, chosen in tiles.items():
         catalog.smem_bytes(spec, chosen)
-    nvcc, complaint = _try_nvcc()
+    nvcc, complaint = try_nvcc()
     results: dict[KernelSpec, BuildResult] = {}
     if not force:
         for spec in tiles:
@@ -176,7 +120,7 @@ def build(
     finished: list[tuple[KernelRow, Path]] = []
     pool = ThreadPoolExecutor(jobs or config.build_jobs())
     try:
-        jobs_ = [_Job.of(spec, tiles[spec], nvcc, cxx, scratch, spills) for spec in todo]
+        jobs_ = [Job.of(spec, tiles[spec], nvcc, cxx, scratch, spills) for spec in todo]
         futures = {pool.submit(job.run): job for job in jobs_}
         for done, future in enumerate(as_completed(futures), 1):
             job, result = futures[future], future.result()
@@ -202,62 +146,8 @@ def build(
     return [results[spec] for spec in tiles]
 
 
-def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:
-    """The kernel's PTX text for the base virtual architecture (compute_80 for sm80), without a NUL.
-
-    A copy is kept in the cache, so that a machine without nvcc can use what another one compiled.
-
-    Raises:
-        ToolchainError: it is not in the cache and there is no nvcc.
-        BuildError: nvcc refused.
-    """
-    tile = tile or catalog.tile(spec)
-    flags = sources.ptx_flags(spec.arch)
-    path = config.cache_dir() / "ptx" / f"{spec.name}-{_digest(spec, tile, flags)[:12]}.ptx"
-    if path.is_file():
-        return path.read_bytes()
-    nvcc, cxx = find_nvcc(), find_host_cxx()
-    folder = publish.scratch(config.cache_dir())
-    try:
-        (folder / f"{spec.name}.cu").write_text(sources.render(spec, tile))
-        command = command_line(nvcc, cxx, (*flags, "-ptx"), spec, "ptx")
-        done = _run(command, folder)
-        if done.returncode:
-            raise _failure(spec, "nvcc -ptx failed", command, done.stdout)
-        text = (folder / f"{spec.name}.ptx").read_bytes().rstrip(b"\0")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    publish.replace_file(path, text)
-    return text
-
-
-def disassemble(image: bytes) -> str:
-    """The SASS of a cubin, from nvdisasm or cuobjdump.
-
-    Raises:
-        ToolchainError: neither tool is installed, or it failed.
-    """
-    nvcc, _ = _try_nvcc()
-    for program, options in (("nvdisasm", ["-c"]), ("cuobjdump", ["-sass"])):
-        beside = nvcc.path.resolve().parent / program if nvcc else None
-        found = beside if beside and beside.is_file() else config.which(program)
-        if found:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(image)
-                file.flush()
-                return _tool_output([str(found), *options, file.name])
-    raise ToolchainError(
-        "no disassembler: nvdisasm and cuobjdump are neither beside nvcc nor on PATH; install a full CUDA toolkit"
-    )
-
-
-def instruction_mix(listing: str) -> Counter[str]:
-    """How often each instruction occurs in SASS or PTX text, by the first word of its name."""
-    return Counter(_SASS.findall(listing) or _PTX.findall(listing))
-
-
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One kernel to compile in a folder of its own."""
 
     spec: KernelSpec
@@ -265,48 +155,50 @@ class _Job:
     nvcc: Nvcc
     cxx: Path
     folder: Path
-    source_hash: str
+    code: str
     entry: str  # its folder in a cache
     spills: bool  # any number of them is accepted
 
     @classmethod
-    def of(cls, spec: KernelSpec, tile: Tile, nvcc: Nvcc, cxx: Path, scratch: Path, spills: bool) -> _Job:
+    def of(cls, spec: KernelSpec, tile: Tile, nvcc: Nvcc, cxx: Path, scratch: Path, spills: bool) -> Job:
         entry = _entry(spec, tile, nvcc)
-        return cls(spec, tile, nvcc, cxx, scratch / spec.name, sources.source_hash(spec), entry, spills)
+        return cls(spec, tile, nvcc, cxx, scratch / spec.name, sources.code(spec, tile), entry, spills)
 
     def run(self) -> BuildResult:
         """Compile, judge, and leave cubin and row in the folder."""
         result = BuildResult(self.spec, self.tile, "failed")
         start = time.perf_counter()
         name, flags = self.spec.name, sources.flags(self.spec.arch)
-        command = command_line(self.nvcc, self.cxx, (*flags, "-cubin"), self.spec, "cubin")
+        # --keep leaves the PTX that the cubin was made from; it is the text that `nvcc -ptx` writes.
+        command = command_line(self.nvcc, self.cxx, (*flags, "-cubin", "--keep"), self.spec, "cubin")
         self.folder.mkdir()
         (self.folder / f"{name}.cu").write_text(sources.render(self.spec, self.tile))
         (self.folder / f"{name}.sh").write_text(shlex.join(command) + "\n")
-        done = _run(command, self.folder)
+        done = run(command, self.folder)
         seconds = time.perf_counter() - start
         result = replace(result, seconds=seconds, command=shlex.join(command), log=done.stdout)
         spills, registers = _SPILLS.search(done.stdout), _REGISTERS.search(done.stdout)
-        if done.returncode or not (self.folder / f"{name}.cubin").is_file():
+        if done.returncode or not all((self.folder / f"{name}.{kind}").is_file() for kind in ("cubin", "ptx")):
             what = f"nvcc exited with {done.returncode}"
-            return replace(result, error=_failure(self.spec, what, command, done.stdout))
+            return replace(result, error=failure(self.spec, what, command, done.stdout))
         if spills is None or registers is None:
             what = "ptxas did not report registers and spills"
-            return replace(result, error=_failure(self.spec, what, command, done.stdout))
-        if sources.source_hash(self.spec) != self.source_hash:
+            return replace(result, error=failure(self.spec, what, command, done.stdout))
+        if sources.code(self.spec, self.tile) != self.code:
             what = "its sources changed while it was compiled; build again"
-            return replace(result, error=_failure(self.spec, what, command, ""))
+            return replace(result, error=failure(self.spec, what, command, ""))
         slow = _SLOW_PATHS.search(done.stdout)
         if slow is not None:
             what = f"ptxas reports: {slow[0]}"
-            return replace(result, error=_failure(self.spec, what, command, done.stdout))
+            return replace(result, error=failure(self.spec, what, command, done.stdout))
         stack, stores, loads = map(int, spills.groups())
         row = self._row(int(registers[1]), stores + loads)
         result = replace(result, stack_bytes=stack, spill_stores=stores, spill_loads=loads)
         allowed = catalog.allowed_spill_bytes(self.spec)
         if row.spill_bytes > allowed and not self.spills:
             what = f"{row.spill_bytes} bytes of spills at {row.registers} registers, {allowed} allowed"
-            return replace(result, error=_failure(self.spec, what, command, done.stdout))
+            return replace(result, error=failure(self.spec, what, command, done.stdout))
+        self._tidy()
         (self.folder / manifest.ROW).write_text(manifest.row_text(row))
         return replace(result, status="built", row=row)
 
@@ -323,10 +215,18 @@ class _Job:
             params_size=ctypes.sizeof(params.block_type(self.spec)),
             size=len(image),
             sha256=hashlib.sha256(image).hexdigest(),
-            source_hash=self.source_hash,
+            ptx_sha256=hashlib.sha256(ptx_text(self.folder / f"{self.spec.name}.ptx")).hexdigest(),
+            code=self.code,
             nvcc=self.nvcc.version,
             flags=" ".join(sources.flags(self.spec.arch)),
         )
+
+    def _tidy(self) -> None:
+        """Remove the compiler's intermediate files."""
+        kept = {f"{self.spec.name}.{suffix}" for suffix in ("cubin", "cu", "sh")}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
 
     def forget_sources(self) -> None:
         """Leave only what the runtime reads."""
@@ -334,46 +234,39 @@ class _Job:
             (self.folder / f"{self.spec.name}.{suffix}").unlink()
 
 
-def command_line(nvcc: Nvcc, cxx: Path, flags: Sequence[str], spec: KernelSpec, suffix: str) -> list[str]:
-    """What is run for one kernel, in a folder that holds ``NAME.cu``; writes ``NAME.suffix``."""
-    # Input and output are named relative to the working folder: no path of this machine is
-    # compiled.
-    include = config.kernel_src() / "fmha"
-    files = ["-o", f"{spec.name}.{suffix}", f"{spec.name}.cu"]
-    return [str(nvcc.path), *flags, "-ccbin", str(cxx), "-I", str(include), *files]
+def nvcc_for(rows: Iterable[KernelRow]) -> tuple[Nvcc, Path]:
+    """The compilers that rebuild these rows, to compare bytes with.
+
+    Raises:
+        ToolchainError: there is none.
+        BuildError: it is of another version than the one that built them.
+    """
+    compiler, complaint = try_nvcc()
+    if compiler is None:
+        raise complaint
+    wanted = sorted({row.nvcc for row in rows})
+    if wanted != [compiler.version]:
+        raise BuildError(
+            f"the manifest's cubins are of nvcc {', '.join(wanted)} and this is {compiler.version} ({compiler.path}): "
+            "their bytes cannot be compared; set FMHA_NVCC to that version"
+        )
+    return compiler, find_host_cxx()
 
 
-def _run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=config.tool_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+def ptx_text(path: Path) -> bytes:
+    """The PTX that nvcc wrote, without a NUL at its end."""
+    return path.read_bytes().rstrip(b"\0")
 
 
-def _failure(spec: KernelSpec, what: str, command: Sequence[str], log: str) -> BuildError:
-    lines = log.splitlines()
-    # The first error of the compiler explains the others; without one the end of the log does.
-    first = next((number for number, line in enumerate(lines) if ": error" in line), -_LINES)
-    shown = "\n".join(lines[first:][:_LINES])
-    text = f"{spec.name}: {what}\n{shown}".rstrip()
-    return BuildError(text, command=shlex.join(command), log=log)
-
-
-def _digest(spec: KernelSpec, tile: Tile, flags: Sequence[str], *more: str) -> str:
-    parts = (spec.name, str(tile), *flags, sources.render(spec, tile), sources.source_hash(spec))
+def digest(spec: KernelSpec, tile: Tile, flags: Sequence[str], *more: str) -> str:
+    """SHA-256 (hex) of what is compiled and how: the key of a cache."""
+    parts = (spec.name, str(tile), *flags, sources.code(spec, tile))
     return hashlib.sha256("\0".join((*parts, *more)).encode()).hexdigest()
 
 
 def _entry(spec: KernelSpec, tile: Tile, nvcc: Nvcc) -> str:
     """A build's folder in a cache, named by its identity: what is compiled, how, by what."""
-    key = _digest(spec, tile, sources.flags(spec.arch), nvcc.version, str(manifest.SCHEMA))
+    key = digest(spec, tile, sources.flags(spec.arch), nvcc.version, str(manifest.SCHEMA))
     return f"{spec.name}-{key[:12]}"
 
 
@@ -381,14 +274,14 @@ def _up_to_date(spec: KernelSpec, tile: Tile, nvcc: Nvcc | None, into: Path | No
     """An intact row of just this build; without an nvcc to compare with, of any compiler."""
     try:
         if into is not None:
-            row = next((row for row in manifest.read_manifest(into) if row.spec == spec), None)
+            row = manifest.read_row(into, spec)
         elif tile == catalog.tile(spec):
-            row = manifest.find(spec)
+            row = store.find(spec)
         elif nvcc is not None:
             return publish.intact(config.cache_dir() / _entry(spec, tile, nvcc))
         else:
             return None
-        if row is None or manifest.why_stale(row) or (nvcc and row.nvcc != nvcc.version):
+        if row is None or store.why_stale(row) or (nvcc and row.nvcc != nvcc.version):
             return None
         manifest.load_image(row)
     except ArtifactError:
@@ -397,79 +290,11 @@ def _up_to_date(spec: KernelSpec, tile: Tile, nvcc: Nvcc | None, into: Path | No
 
 
 def _lock(row: KernelRow) -> str:
-    """Compare a build with the packaged manifest, which locks the bytes of one compiler version."""
+    """Compare a build with the packaged manifest, which locks the bytes of one code, compiler version and flag set."""
     try:
-        lock = manifest.locked(row.spec)
+        lock = store.locked(row.spec)
     except ArtifactError:
         return ""
-    if lock is None or replace(lock, path=None, root="", sha256="", size=0) != replace(
-        row, path=None, root="", sha256="", size=0
-    ):
+    if lock is None or (lock.code, lock.nvcc, lock.flags) != (row.code, row.nvcc, row.flags):
         return ""
-    return "same" if lock.sha256 == row.sha256 else "differs"
-
-
-def _try_nvcc() -> tuple[Nvcc | None, ToolchainError]:
-    try:
-        return find_nvcc(), ToolchainError()
-    except ToolchainError as error:
-        return None, error
-
-
-def _locate_nvcc() -> tuple[Path, str]:
-    chosen = config.nvcc_override()
-    if chosen:
-        found = config.which(chosen)
-        if found is None:
-            raise ToolchainError(f"FMHA_NVCC={chosen} is not an executable; correct it, or unset it to search")
-        return found, "FMHA_NVCC"
-    try:
-        from cuda.pathfinder import find_nvidia_binary_utility
-    except ImportError:
-        pass
-    else:
-        packaged = find_nvidia_binary_utility("nvcc")
-        if packaged:
-            return Path(packaged), "cuda-pathfinder"
-    on_path = config.which("nvcc")
-    if on_path:
-        return on_path, "PATH"
-    if _USUAL.is_file():
-        return _USUAL, str(_USUAL.parent)
-    raise ToolchainError(
-        "no nvcc: looked at FMHA_NVCC, the Python packages (cuda-pathfinder), PATH and "
-        "/usr/local/cuda/bin; run `pip install 'fmha-runtime[build]'`"
-    )
-
-
-def _tool_output(command: list[str]) -> str:
-    try:
-        done = _run(command, Path.cwd())
-    except OSError as error:
-        raise ToolchainError(f"cannot run {command[0]}: {error.strerror}") from None
-    if done.returncode:
-        raise ToolchainError(f"`{shlex.join(command)}` exited with {done.returncode}:\n{done.stdout.strip()}")
-    return done.stdout
-
-
-def _check_toolkit(nvcc: Path, release: str) -> None:
-    """Refuse a toolkit whose parts come from different releases: it fails later, and obscurely."""
-    versions = {"nvcc": release}
-    ptxas = nvcc.parent / "ptxas"
-    if ptxas.is_file():
-        found = _RELEASE.search(_tool_output([str(ptxas), "--version"]))
-        versions["ptxas"] = found[1] if found else "unknown"
-    # .../site-packages/nvidia/cu13/bin/nvcc: the parts' versions are in the names of their records.
-    site = nvcc.parents[3] if nvcc.match("nvidia/*/bin/nvcc") else None
-    for part in _PARTS if site else ():
-        assert site is not None
-        records = list(site.glob(f"nvidia_{part}-*.dist-info"))
-        version = records[0].name.split("-")[1] if records else "missing"
-        if part != "cuda_cccl" or not records:  # CCCL counts its own releases
-            versions[part] = ".".join(version.split(".")[:2])
-    if len(set(versions.values())) > 1:
-        listing = ", ".join(f"{part} {version}" for part, version in versions.items())
-        raise ToolchainError(
-            f"the toolkit of {nvcc} is a mix of releases ({listing}); run `pip install "
-            f"--force-reinstall 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]=={release}.*'`"
-        )
+    return "same" if (lock.sha256, lock.ptx_sha256) == (row.sha256, row.ptx_sha256) else "differs"

@@ -154,11 +154,11 @@ def _json_flag(command: _Command) -> _Command:
 @_selectable
 def list_(chosen: Selection, as_json: bool) -> None:
     """Show kernels: tile, resources, where the cubin is, how it was verified."""
-    from . import manifest
+    from .store import Inventory
 
-    specs = chosen.kernels()
-    states = zip(specs, manifest.states(specs), report.proofs(specs), strict=True)
-    items = [report.list_item(*each) for each in states]
+    inventory = Inventory.of(chosen.kernels())
+    states = inventory.states
+    items = [report.list_item(*each, proof) for each, proof in zip(states.items(), report.proofs(states), strict=True)]
     if as_json:
         click.echo(report.envelope(items))
         return
@@ -166,7 +166,7 @@ def list_(chosen: Selection, as_json: bool) -> None:
     _say(header)
     _print(rows)
     _say(report.list_totals(items))
-    for error in manifest.rows()[1]:
+    for error in inventory.broken:
         _say(f"broken: {error}")
 
 
@@ -208,16 +208,35 @@ def explain(words: tuple[str, ...], arch: str | None, tile: str | None, as_json:
 @click.option("--force", is_flag=True, help="Build what is up to date too.")
 @click.option("--into", type=click.Path(path_type=Path), help="A packaged root, not the cache.")
 @click.option("--tile", metavar="TILE", help="Another tile, e.g. '128x64 w4 s2 c2'; experiments.")
+@click.option("--all", "everything", is_flag=True, help="Every kernel of the catalogue, which is also the default.")
+@click.option("--check", is_flag=True, help="Compare with the packaged manifest instead; builds nothing for use.")
+@click.option("--compile", "compile_all", is_flag=True, help="With --check: compile where the code is equal, too.")
+@click.option("--update", is_flag=True, help="With --check: write the new code of rows that are identical by bytes.")
+@click.option("--allow-changed", is_flag=True, help="With --check: exit with 0 although some changed.")
 @_selectable
 def build(
     chosen: Selection, as_json: bool, dry_run: bool, jobs: int | None, keep: bool,
-    fail_fast: bool, force: bool, into: Path | None, tile: str | None,
+    fail_fast: bool, force: bool, into: Path | None, tile: str | None, everything: bool,
+    check: bool, compile_all: bool, update: bool, allow_changed: bool,
 ) -> None:  # fmt: skip
-    """Compile kernels with nvcc: what is not up to date, into the cache."""
+    """Compile kernels with nvcc: what is not up to date, into the cache.
+
+    --check says of every row of the packaged manifest whether the present sources still give its cubin: identical by
+    code (nothing is compiled), identical by bytes, or changed. It needs no GPU, and exits with 1 when one changed.
+    """
     from . import build as builder
     from .progress import BuildProgress
 
+    if everything and chosen != Selection():
+        raise InputError("--all is every kernel: leave out the names and the other criteria")
+    if not check and (compile_all or update or allow_changed):
+        raise InputError("--compile, --update and --allow-changed belong to --check")
+    if check and (dry_run or keep or fail_fast or force or into or tile):
+        raise InputError("--check compares and builds nothing for use: leave out the options of building")
     specs = chosen.kernels()
+    if check:
+        _check(specs, as_json, jobs, compile_all, update, allow_changed)
+        return
     cut = Tile.parse(tile) if tile else None
     if dry_run:
         _print(report.build_script(specs, cut))
@@ -250,6 +269,31 @@ def build(
     if interrupted is not None:
         raise interrupted
     if any(result.error is not None for result in results):
+        sys.exit(FAILED)
+
+
+def _check(
+    specs: Sequence[KernelSpec], as_json: bool, jobs: int | None, compile_all: bool, update: bool, allow_changed: bool
+) -> None:
+    from . import check
+
+    begin = time.perf_counter()
+
+    def on_done(done: int, total: int) -> None:
+        if done % max(1, total // 10) == 0 or done == total:
+            _say(f"compiled {done}/{total}")
+
+    checked = check.check(specs, compile_all=compile_all, jobs=jobs, on_done=on_done)
+    shown = [one for one in checked if not one.ok or one.reason]
+    if as_json:
+        click.echo(report.envelope(map(report.check_item, checked)))
+    else:
+        _print([report.check_line(one) for one in shown])
+    _say(report.check_totals(checked, time.perf_counter() - begin))
+    if update:
+        written = check.update(checked)
+        _say(f"{len(written)} rows of {config.package_root()} have their new code")
+    if not allow_changed and not all(one.ok for one in checked):
         sys.exit(FAILED)
 
 
@@ -316,7 +360,7 @@ def verify(
         click.echo(report.envelope(items))
     passed = sum(bool(item["ok"]) for item in items)
     seconds = time.perf_counter() - begin
-    written = f" · {passed} recorded in {ledger.path()}" if record else ""
+    written = f" · {passed} recorded in {ledger.folder()}" if record else ""
     _say(f"{passed} of {len(items)} kernels ok on {device} in {seconds:.1f} s{written}")
     sys.exit(worst)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from .errors import InputError
@@ -154,9 +155,9 @@ def which(program: str) -> Path | None:
     return Path(found) if found else None
 
 
+@cache
 def _data(name: str) -> Path:
-    # An installed wheel carries the two folders as package data; in a checkout they lie beside the
-    # package.
+    # An installed wheel carries the two folders as package data; in a checkout they lie beside the package.
     package = Path(__file__).resolve().parent
     installed = package / "_data" / name
     return installed if installed.is_dir() else package.parent / name
@@ -168,7 +169,5 @@ def kernel_src() -> Path:
 
 
 def package_root() -> Path:
-    """The folder of ``manifest.json`` and ``verified.json`` (and of ``ARCH/*.cubin`` where cubins
-    are shipped).
-    """
+    """The folder of the tables ``manifest/`` and ``verified/`` (and of ``ARCH/*.cubin`` where cubins are shipped)."""
     return _data("cubins")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import build, dispatch, driver, emulator, manifest
+from . import build, dispatch, driver, gxx, store
 from .errors import DriverError, FmhaError, ToolchainError
 from .integrations import transformers as adapter
 from .progress import BuildProgress
@@ -126,14 +126,14 @@ def _build(dtype: DType, device: str) -> None:
     if device == "emulator":
         spec = KernelSpec(Op.FWD, Arch.SM80, dtype, HEAD_DIM, HEAD_DIM)
         with _step(f"kernel {spec.name} for the emulator (g++)"):
-            emulator.load(spec)
+            gxx.library(spec)
         return
     arch = Arch.for_capability(*driver.capability(0))
     if arch is None:
         raise DriverError("no kernels for this GPU; `--device emulator` runs without it")
     for spec in dispatch.kernels(dispatch.Problem(arch, dtype, HEAD_DIM, HEAD_DIM)):
         with _step(f"kernel {spec.name} (nvcc)"):
-            if manifest.find(spec) is None:
+            if store.find(spec) is None:
                 with BuildProgress() as progress:
                     (result,) = build.build([spec], on_event=progress)
                 if result.error is not None:

@@ -20,11 +20,13 @@ from typing import Any
 
 from . import __version__, report
 from .errors import ArtifactError, FmhaError
+from .spec import Arch
 
 ENVIRONMENT = 3
 ARTIFACT = 4
 _LIBRARIES = ("libcuda.so", "libcudart", "libnvrtc", "libnvJitLink", "libcudnn.so")
 _PACKAGES = ("cuda-bindings", "numpy", "torch", "transformers", "matplotlib", "triton")
+_REINSTALL = "pip install --force-reinstall fmha-runtime  (in a checkout: git checkout cubins)"
 _TOOLKIT = re.compile(r"nvidia-(cuda-|nvvm|nvjitlink)|cuda-(toolkit|pathfinder)", re.IGNORECASE)
 
 
@@ -43,7 +45,7 @@ class Diagnosis:
 
     lines: list[tuple[str, str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    arch: str | None = None  # of the first GPU, where kernels for it exist
+    arch: Arch | None = None  # of the first GPU, where kernels for it exist
     gpus: int = 0
     driver: int | None = None  # CUDA major version that the driver is for
     nvcc: str | None = None
@@ -130,8 +132,6 @@ def _driver(found: Diagnosis) -> Lines:
 
 
 def _gpus(cuda: ctypes.CDLL, found: Diagnosis) -> Lines:
-    from .spec import Arch
-
     count = ctypes.c_int()
     cuda.cuDeviceGetCount(ctypes.byref(count))
     found.gpus = count.value
@@ -145,8 +145,9 @@ def _gpus(cuda: ctypes.CDLL, found: Diagnosis) -> Lines:
             cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
             capability.append(number.value)
         arch = Arch.for_capability(*capability)
-        found.arch = found.arch or (arch.value if arch else None)
-        kernels = f"kernels: {arch.value}" if arch else "no kernels for it in this release"
+        found.arch = found.arch or arch
+        targets = ", ".join(target.value for target in arch.targets) if arch else ""
+        kernels = f"kernels: {targets}" if arch else "no kernels for it in this release"
         name = text.value.decode(errors="replace")
         yield (
             f"GPU {index}",
@@ -155,9 +156,9 @@ def _gpus(cuda: ctypes.CDLL, found: Diagnosis) -> Lines:
 
 
 def _toolchain(found: Diagnosis) -> Lines:
-    from . import build
+    from . import nvcc
 
-    for label, find in (("nvcc", build.find_nvcc), ("host compiler", build.find_host_cxx)):
+    for label, find in (("nvcc", nvcc.find_nvcc), ("host compiler", nvcc.find_host_cxx)):
         try:
             tool: Any = find()
         except FmhaError as error:
@@ -182,34 +183,44 @@ def _has_nvcc() -> bool:
 
 
 def _cubins(found: Diagnosis) -> Lines:
-    from . import catalog, manifest
+    from . import catalog, config, manifest, store
 
-    for label, root in manifest.roots():
+    for label, root in store.roots():
         yield label, f"{root}" + ("" if root.is_dir() else " (does not exist)")
-    _, broken = manifest.rows()
-    specs = catalog.enumerate_specs()
-    states = dict(zip(specs, manifest.states(specs), strict=True))
-    words = Counter(state.word for state in states.values())
+    inventory = store.Inventory.of(catalog.enumerate_specs())
+    words = Counter(state.word for state in inventory.states.values())
     yield "kernels", ", ".join(f"{n} {word}" for word, n in sorted(words.items()))
-    for error in broken:
+    for error in inventory.broken:
         yield "broken", str(error)
-        found.problems.append(Problem(str(error), "fmha cache prune", ARTIFACT))
-    for spec, state in states.items():
-        if state.word == "broken" and state.row is not None:
-            yield "broken", f"{spec.name}: {state.reason}"
-            text = f"{spec.name} is broken: {state.reason}"
+        packaged = error.path is not None and error.path.is_relative_to(config.package_root())
+        command = _REINSTALL if packaged else "fmha cache prune"
+        found.problems.append(Problem(str(error), command, ARTIFACT))
+    if not list(config.package_root().glob(f"{manifest.FOLDER}/*.json")):
+        text = f"the packaged manifest {config.package_root() / manifest.FOLDER} is missing"
+        found.problems.append(Problem(text, _REINSTALL, ARTIFACT))
+    ready = []
+    for spec, state in inventory.states.items():
+        reason = state.reason if state.word == "broken" and state.row is not None else ""
+        if state.word == "ready" and state.row is not None:
+            try:
+                manifest.load_image(state.row)  # each is read: a flipped bit is found here, not in front of a GPU
+                ready.append(spec)
+            except ArtifactError as error:
+                reason = str(error)
+        if reason:
+            yield "broken", f"{spec.name}: {reason}"
+            text = f"{spec.name} is broken: {reason}"
             found.problems.append(Problem(text, f"fmha build --force {spec.name}", ARTIFACT))
-    ready = [spec for spec, state in states.items() if state.word == "ready"]
-    if found.arch and not any(spec.arch.value == found.arch for spec in ready):
-        text = f"no kernel is built for this GPU ({found.arch})"
-        found.problems.append(Problem(text, f"fmha build --arch {found.arch}"))
+    if found.arch and not any(spec.arch in found.arch.targets for spec in ready):
+        targets = [target.value for target in found.arch.targets]
+        text = f"no kernel is built for this GPU ({', '.join(targets)})"
+        found.problems.append(Problem(text, "fmha build " + " ".join(f"--arch {target}" for target in targets)))
 
 
 def _ledger(found: Diagnosis) -> Lines:
-    from . import ledger
+    from .ledger import Ledger
 
-    records = ledger.load()
-    ways = Counter(record.how for record in records)
+    ways = Counter(record.how for record in Ledger.load())
     yield "ledger", ", ".join(f"{n} by {how}" for how, n in sorted(ways.items())) or "empty"
 
 
@@ -239,10 +250,29 @@ def _versions(wanted: Callable[[str], object]) -> dict[str, str]:
     return {name: version for name, version in sorted(named) if wanted(name)}
 
 
+def _required() -> dict[str, str]:
+    """The packages that every use needs, with their version ranges, as the installed metadata has them."""
+    try:
+        lines = metadata.requires("fmha-runtime") or []
+    except metadata.PackageNotFoundError:  # a checkout on sys.path
+        lines = ["cuda-bindings>=12.8,<14", "numpy", "click>=8.1", "rich>=13"]
+    parts = [re.match(r"([\w.-]+)\s*([^;]*)", line) for line in lines if "extra ==" not in line]
+    return {part[1]: part[2].strip() for part in parts if part}
+
+
 def _installed(found: Diagnosis) -> Lines:
     versions = _versions(lambda name: name.lower() in _PACKAGES)
     for name in _PACKAGES:
         yield name, versions.get(name, "not installed")
+    for name, wanted in _required().items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            text = f"{name} is not installed and fmha_runtime needs it"
+            found.problems.append(Problem(text, f"pip install '{name}{wanted}'"))
+        else:
+            if name not in _PACKAGES:
+                yield name, version
     for name, version in _versions(_TOOLKIT.match).items():
         yield name, version
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import call, dispatch, driver, interop, loader, mask_packer, reference, tensors, torch_ops
+from . import call, dispatch, driver, interop, loader, mask_packer, obtain, reference, tensors, torch_ops
 from .call import NO_EXTRAS, Extras
 from .dispatch import Problem
 from .errors import InputError, UnsupportedProblem
@@ -209,7 +209,7 @@ def make_plan(
 
         stream = torch.cuda.current_stream(q.device).cuda_stream
     forced = None if tile is None else choice.tile
-    kernel = loader.load(choice.spec, device=where, tile=forced, stream=stream or 0)
+    kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
     cu_q, cu_k, _, _, used, _ = lengths
     return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras, (cu_q, cu_k, used))
 

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from . import build, catalog, manifest, report, sources
+from . import catalog, disassembly, manifest, ptx, report, sources, store
 from .errors import BuildError, ToolchainError
-from .manifest import State
 from .spec import KernelSpec
+from .store import State
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Inspection:
             "reason": self.state.reason,
             "path": str(row.path) if row and row.path else None,
             "key": row.path.parent.name if row and row.path and row.root == "cache" else None,
-            "present_source_hash": sources.source_hash(self.spec),
+            "present_code": sources.code(self.spec, tile),
             "mix_of": self.mix_of or None,
             "mix": dict(self.mix.most_common()),
             "note": self.note or None,
@@ -62,7 +62,7 @@ class Inspection:
                 ("sha256", row.sha256),
                 ("nvcc", f"{row.nvcc} {row.flags}"),
             ]
-        rows.append(("sources", item["present_source_hash"]))
+        rows.append(("code", item["present_code"]))
         if self.mix:
             total = sum(self.mix.values())
             top = self.mix.most_common(most)
@@ -82,18 +82,18 @@ def inspect(spec: KernelSpec) -> Inspection:
     Raises:
         ArtifactError: the cubin is not the one that was built.
     """
-    state = manifest.state(spec)
+    state = store.state(spec)
     note = ""
     if state.word == "ready" and state.row is not None:
         image = manifest.load_image(state.row)
         try:
-            return Inspection(spec, state, build.instruction_mix(build.disassemble(image)), "SASS", "")
+            return Inspection(spec, state, disassembly.instruction_mix(disassembly.disassemble(image)), "SASS", "")
         except ToolchainError as error:
             note = f"the mix is of the PTX: {error}"
     else:
         note = "the mix is of the PTX: there is no current cubin"
     try:
-        text = build.compile_ptx(spec).decode(errors="replace")
+        text = ptx.compile_ptx(spec).decode(errors="replace")
     except (ToolchainError, BuildError) as error:
         return Inspection(spec, state, Counter(), "", f"no instruction mix: {error}")
-    return Inspection(spec, state, build.instruction_mix(text), "PTX", note)
+    return Inspection(spec, state, disassembly.instruction_mix(text), "PTX", note)

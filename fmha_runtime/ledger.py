@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verification ledger ``verified.json``: which kernel was proven, from which source, where.
+"""The verification ledger ``verified/OP_ARCH.json``: which bytes were proven, by which cases, where.
 
-One record per kernel and way of running it, one record per line, written by
-``fmha verify --record`` and by nothing else. A record speaks for the source hash and the tile that
-it names; for any other it counts as none.
+One record per kernel and way of running it, one record a line, written by ``fmha verify --record`` and by nothing
+else. A record is bound to what ran, its ``evidence``: the SHA-256 of the cubin or of the PTX; for the CPU emulator
+``sources.emulated_code``. "Verified" is said of those very bytes and of no others.
 """
 
 from __future__ import annotations
@@ -11,18 +11,26 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from . import catalog, config, sources
 from .errors import ArtifactError
-from .spec import KernelSpec
+from .manifest import KernelRow
+from .spec import Arch, KernelSpec
 
-SCHEMA = 1
+SCHEMA = 2
+FOLDER = "verified"
 HOW = ("cubin", "ptx", "emulator")
 """How a kernel was run: cubin, PTX through the driver's JIT, or source on the CPU emulator."""
+MIGRATED = "migrated"
+"""In place of ``suite``: the record was made before suites were recorded."""
+WORDS = ("verified", "same code", "other bytes", "stale", "unverified")
+"""What a Status may say, best first."""
+
+_SIBLINGS = (Arch.SM86, Arch.SM120)  # run what sm89 runs, where tile and code are the same
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,10 @@ class Record:
 
     name: str
     how: str  # one of HOW
-    source_hash: str
+    evidence: str  # of what ran; empty: not known, proves nothing
+    code: str  # sources.code
     tile: str
-    sha256: str | None  # of the cubin; None for ptx and emulator
+    suite: str  # hash of the cases and limits, or MIGRATED
     nvcc: str | None  # None for the emulator
     device: str
     capability: str | None  # "9.0"; None for the emulator
@@ -53,10 +62,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Status:
-    """What the ledger says about one kernel as its source is now.
+    """What the ledger says about one kernel and the bytes at hand.
 
-    ``word`` speaks of GPU records only: "verified", "stale" (records exist, of another source or
-    tile) or "unverified". ``emulated`` says whether a current emulator record exists besides.
+    ``word`` is one of WORDS and speaks of GPU records only: "verified", these bytes passed; "same code", the sm89
+    kernel of equal tile and code did; "other bytes", a build of this code did, by another compiler; "stale", records
+    exist, of other code or another tile. ``emulated`` says whether a current emulator record exists besides.
     """
 
     word: str
@@ -68,103 +78,120 @@ class Status:
         return self.word
 
 
-def path() -> Path:
-    """Where the ledger of this installation lies; the file may not exist."""
-    return config.package_root() / "verified.json"
+def folder() -> Path:
+    """Where the ledger of this installation lies; it may not exist."""
+    return config.package_root() / FOLDER
 
 
-def load(file: Path | None = None) -> tuple[Record, ...]:
-    """The records, sorted by name and way; empty when there is no file.
+@dataclass(frozen=True)
+class Ledger:
+    """The records, by kernel."""
+
+    records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, root: Path | None = None) -> Ledger:
+        """Every record of a ledger's folder; empty when there is none.
+
+        Raises:
+            ArtifactError: a file is not a table of this schema.
+        """
+        found: dict[str, tuple[Record, ...]] = {}
+        for path in sorted((root or folder()).glob("*.json")):
+            for record in _read(path):
+                found[record.name] = (*found.get(record.name, ()), record)
+        return cls(found)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (record for records in self.records.values() for record in records)
+
+    def status(self, spec: KernelSpec, row: KernelRow | None) -> Status:
+        """What was proven of a kernel's present code and of the bytes that ``row`` describes.
+
+        Args:
+            row: the cubin at hand, or the packaged manifest's row of one that is to be built; None: there is neither.
+        """
+        tile = catalog.tile(spec)
+        code, cut = sources.code(spec, tile), str(tile)
+        mine = self.records.get(spec.name, ())
+        emulated = any(r.evidence == sources.emulated_code(spec, tile) for r in mine if not r.on_gpu)
+        on_gpu = sorted((r for r in mine if r.on_gpu), key=lambda r: HOW.index(r.how))
+        if row is not None and row.code == code:
+            proven = {"cubin": row.sha256, "ptx": row.ptx_sha256}
+            for record in on_gpu:
+                if record.evidence == proven[record.how]:
+                    return Status("verified", _facts(record), record, emulated)
+        for record in on_gpu:
+            if (record.code, record.tile) == (code, cut):
+                other = f"nvcc {row.nvcc}" if row is not None else "nothing is built"
+                reason = f"same code, other bytes: not the verified {record.how} (nvcc {record.nvcc}; here {other})"
+                return Status("other bytes", reason, record, emulated)
+        if spec.arch in _SIBLINGS:
+            sibling = replace(spec, arch=Arch.SM89).name
+            for record in self.records.get(sibling, ()):
+                if record.on_gpu and (record.code, record.tile) == (code, cut):
+                    return Status("same code", f"same tile and code as {sibling}: {_facts(record)}", record, emulated)
+        if not on_gpu:
+            return Status("unverified", "no GPU has run it yet", None, emulated)
+        last = on_gpu[0]
+        if last.tile != cut:
+            reason = f"the record is of tile {last.tile}, the catalogue now says {cut}"
+        else:
+            reason = f"the record is of code {last.code[:12]}, the code is now {code[:12]}"
+        return Status("stale", reason, last, emulated)
+
+
+def record(new: Iterable[Record], root: Path | None = None) -> None:
+    """Add records, each in place of the one of the same kernel and way; each table in one atomic step.
 
     Raises:
-        ArtifactError: the file is not a ledger of this schema.
+        ArtifactError: a present file is not a ledger; it is left as it is.
     """
-    file = file or path()
+    root = root or folder()
+    tables: dict[Path, list[Record]] = {}
+    for one in new:
+        spec = KernelSpec.parse(one.name)
+        tables.setdefault(root / f"{spec.op.value}_{spec.arch.value}.json", []).append(one)
+    for path, records in tables.items():
+        merged = {_key(r): r for r in (*_read(path), *records)}
+        lines = ",\n".join(f"  {json.dumps(asdict(merged[key]))}" for key in sorted(merged))
+        _replace(path, f'{{"schema": {SCHEMA}, "records": [\n{lines}\n]}}\n')
+
+
+def _facts(record: Record) -> str:
+    suite = ", suite not recorded" if record.suite == MIGRATED else ""
+    return f"{record.how} on {record.device}, {record.cases} cases{suite}, {record.date[:10]}"
+
+
+def _read(path: Path) -> list[Record]:
     try:
-        text = file.read_text(encoding="utf-8")
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["schema"] != SCHEMA:
+            raise ValueError(f"schema {table['schema']!r}, expected {SCHEMA}")
+        return [_record(item) for item in table["records"]]
     except FileNotFoundError:
-        return ()
-    try:
-        ledger = json.loads(text)
-        if ledger["schema"] != SCHEMA:
-            raise ValueError(f"schema {ledger['schema']!r}, expected {SCHEMA}")
-        records = [_record(item) for item in ledger["records"]]
+        return []
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{file} is not a verification ledger ({error}); restore it from version control, or "
+            f"{path} is not a verification ledger ({error}); restore it from version control, or "
             "delete it and run fmha verify --record",
-            path=file,
+            path=path,
         ) from error
-    return tuple(sorted(records, key=_key))
 
 
-def record(new: Iterable[Record], file: Path | None = None) -> None:
-    """Add records, each in place of the one of the same kernel and way, in one atomic step.
-
-    Raises:
-        ArtifactError: the present file is not a ledger; it is left as it is.
-    """
-    file = file or path()
-    merged = {_key(r): r for r in (*load(file), *new)}
-    lines = ",\n".join(f"  {json.dumps(asdict(merged[key]))}" for key in sorted(merged))
-    text = f'{{"schema": {SCHEMA}, "records": [\n{lines}\n]}}\n'
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=".verified-")
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".verified-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(draft, 0o644)
-        os.replace(draft, file)
+        os.replace(draft, path)
     except BaseException:
         os.unlink(draft)
         raise
-
-
-def status(spec: KernelSpec, records: Iterable[Record] | None = None) -> Status:
-    """Whether a kernel, with the source and the tile it has now, was proven on a GPU.
-
-    A record of its cubin is preferred to one of its PTX. ``records`` saves re-reading the file.
-    """
-    mine = [r for r in (load() if records is None else records) if r.name == spec.name]
-    source_hash, tile = sources.source_hash(spec), str(catalog.tile(spec))
-    current = [r for r in mine if (r.source_hash, r.tile) == (source_hash, tile)]
-    emulated = any(not r.on_gpu for r in current)
-    on_gpu = sorted((r for r in current if r.on_gpu), key=lambda r: HOW.index(r.how))
-    if on_gpu:
-        best = on_gpu[0]
-        reason = f"{best.how} on {best.device}, {best.cases} cases, {best.date[:10]}"
-        return Status("verified", reason, best, emulated)
-    old = sorted((r for r in mine if r.on_gpu), key=lambda r: HOW.index(r.how))
-    if not old:
-        return Status("unverified", "no GPU has run it yet", None, emulated)
-    last = old[0]
-    if last.tile != tile:
-        reason = f"the record is of tile {last.tile}, the catalogue now says {tile}"
-    else:
-        reason = f"the record is of source {last.source_hash[:12]}, the source is now {source_hash[:12]}"
-    return Status("stale", reason, last, emulated)
-
-
-def commit() -> str | None:
-    """The checkout's current commit: FMHA_COMMIT, for a copy without ``.git``, else read there; None if neither is."""
-    named = config.commit()
-    if named:
-        return named
-    root = Path(__file__).resolve().parent.parent / ".git"
-    try:
-        head = (root / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        ref = head[len("ref: ") :]
-        loose = root / ref
-        if loose.is_file():
-            return loose.read_text().strip()
-        packed = (root / "packed-refs").read_text().splitlines()
-        return next(line.split()[0] for line in packed if line.endswith(f" {ref}"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _key(r: Record) -> tuple[str, int]:

@@ -11,7 +11,7 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, dispatch, driver, emulator, interop, loader, packed_mask, params, tensors
+from . import catalog, dispatch, driver, emulator, interop, loader, obtain, packed_mask, params, tensors
 from .catalog import Tile
 from .dispatch import Problem
 from .errors import DriverError, InputError, UnsupportedProblem
@@ -95,7 +95,7 @@ _kernels: dict[int, Any] = {}  # by device
 def _loaded(index: int, stream: int) -> Any:
     kernel = _kernels.get(index)
     if kernel is None:
-        kernel = _kernels[index] = loader.load(spec_for(index), device=f"cuda:{index}", stream=stream)
+        kernel = _kernels[index] = obtain.kernel(spec_for(index), device=f"cuda:{index}", stream=stream)
     return kernel
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import catalog, manifest
+from . import catalog, manifest, store
 from .errors import ArtifactError, BuildError
 from .manifest import KernelRow
 
@@ -109,15 +109,31 @@ def packaged(root: Path, built: Iterable[tuple[KernelRow, Path]]) -> list[Kernel
     """Add finished builds, as (row, folder), to a packaged root: files first, then the manifest.
 
     One writer at a time. Rows of kernels that the catalogue dropped leave the manifest.
+
+    Raises:
+        ArtifactError: a present table is not usable; nothing was written.
     """
-    rows = {row.spec: row for row in manifest.read_manifest(root) if catalog.exists(row.spec)}
+    present, broken = manifest.read(root)
+    if broken:
+        raise broken[0]
+    rows = {row.spec: row for row in present if catalog.exists(row.spec)}
     for row, folder in built:
         for path in folder.iterdir():
             if path.name != manifest.ROW:
                 replace_file(root / row.spec.arch.value / path.name, path.read_bytes())
         rows[row.spec] = row
-    replace_file(root / manifest.MANIFEST, manifest.manifest_text(rows.values()).encode())
-    return manifest.read_manifest(root, str(root))
+    tables(root, rows.values())
+    return manifest.read(root, str(root))[0]
+
+
+def tables(root: Path, rows: Iterable[KernelRow]) -> None:
+    """Write the tables of a packaged root, so that they hold just these rows."""
+    texts = manifest.write(root, rows)
+    for path, text in texts.items():
+        replace_file(path, text.encode())
+    for path in (root / manifest.FOLDER).glob("*.json"):
+        if path not in texts:
+            path.unlink()
 
 
 def clean(root: Path, *, everything: bool = False) -> tuple[int, int]:
@@ -141,7 +157,7 @@ def clean(root: Path, *, everything: bool = False) -> tuple[int, int]:
 
 def _useless(folder: Path) -> bool:
     row = intact(folder)
-    return row is None or bool(manifest.why_stale(row))
+    return row is None or bool(store.why_stale(row))
 
 
 def _abandoned(folder: Path) -> bool:

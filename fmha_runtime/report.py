@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, build, catalog, ledger, sources
+from . import __version__, catalog, nvcc, sources
 from .build import BuildResult
 from .catalog import Tile
-from .ledger import Status
-from .manifest import State
+from .check import Checked
+from .ledger import Ledger, Status
 from .spec import KernelSpec
+from .store import State
 
 if TYPE_CHECKING:
     from .verify import Report
@@ -68,7 +69,8 @@ def list_item(spec: KernelSpec, state: State, proof: Status) -> dict[str, Any]:
     tile = catalog.tile(spec)
     built = row.to_json() if row else {}
     facts = {
-        name: built.get(name) for name in ("registers", "spill_bytes", "abi", "params_size", "size", "sha256", "nvcc")
+        name: built.get(name)
+        for name in ("registers", "spill_bytes", "abi", "params_size", "size", "sha256", "ptx_sha256", "code", "nvcc")
     }
     record = proof.record
     return {
@@ -97,6 +99,8 @@ def list_row(item: dict[str, Any]) -> tuple[str, ...]:
     proof = item["verified"]
     if proof["state"] == "verified":
         how = f"{proof['how']} {proof['device']}"
+    elif proof["state"] == "same code":
+        how = "same code as sm89"
     elif proof["emulator"]:
         how = "emulator"
     else:
@@ -127,7 +131,12 @@ def list_totals(items: Sequence[dict[str, Any]]) -> str:
     whole = len(catalog.enumerate_specs())
     counted = f"{len(items)} of {whole}" if len(items) < whole else f"{whole}"
     parts = [f"{counted} in catalogue", *(s for s in states if not s.startswith("0 "))]
-    return " · ".join([*parts, f"{proven} verified on a GPU", f"{emulated} on the emulator"])
+    parts.append(f"{proven} verified on a GPU")
+    same = sum(item["verified"]["state"] == "same code" for item in items)
+    parts += [f"{same} of the same code as one that is"] if same else []
+    other = sum(item["verified"]["state"] == "other bytes" for item in items)
+    parts += [f"{other} of verified code but other bytes"] if other else []
+    return " · ".join([*parts, f"{emulated} on the emulator"])
 
 
 def build_item(result: BuildResult) -> dict[str, Any]:
@@ -161,6 +170,29 @@ def build_line(result: BuildResult) -> str:
     return f"ok    {result.spec.name}  {row.tile}  {facts}{spills}{seconds}{lock}"
 
 
+def check_item(one: Checked) -> dict[str, Any]:
+    """One item of ``fmha build --check --json``."""
+    return {
+        **axes(one.spec),
+        "result": one.word,
+        "reason": one.reason or None,
+        "sha256": one.row.sha256 if one.row else None,
+        "code": one.row.code if one.row else None,
+    }
+
+
+def check_line(one: Checked) -> str:
+    """The line of ``fmha build --check`` for a row that is not simply identical."""
+    return f"{one.word}  {one.spec.name}" + (f"  ({one.reason})" if one.reason else "")
+
+
+def check_totals(checked: Sequence[Checked], seconds: float) -> str:
+    """The closing line of ``fmha build --check``."""
+    words = Counter(one.word for one in checked)
+    counts = [f"{words[word]} {word}" for word in words]
+    return " · ".join([f"checked {len(checked)} rows in {seconds:.1f} s", *counts])
+
+
 def variant_line(spec: KernelSpec, tile: Tile) -> str:
     """The line of ``fmha tune --dry-run`` for one variant."""
     own = "  (the catalogue's)" if tile == catalog.tile(spec) else ""
@@ -184,10 +216,11 @@ def build_totals(results: Sequence[BuildResult], wanted: int, seconds: float, wo
     return " · ".join(parts)
 
 
-def proofs(specs: Sequence[KernelSpec]) -> list[Status]:
-    """What the ledger says about many kernels, the file read once."""
-    records = ledger.load()
-    return [ledger.status(spec, records) for spec in specs]
+def proofs(states: dict[KernelSpec, State]) -> list[Status]:
+    """What the ledger says about many kernels: about the cubin at hand, else about the one that the manifest locks."""
+    ledger = Ledger.load()
+    with sources.unchanged():
+        return [ledger.status(spec, state.row) for spec, state in states.items()]
 
 
 def verify_facts(outcome: Report) -> dict[str, Any]:
@@ -209,11 +242,11 @@ def verify_facts(outcome: Report) -> dict[str, Any]:
 
 def build_script(specs: Sequence[KernelSpec], tile: Tile | None = None) -> list[str]:
     """Shell lines that compile kernels in the present folder; nothing is published."""
-    nvcc, cxx = build.find_nvcc(), build.find_host_cxx()
+    compiler, cxx = nvcc.find_nvcc(), nvcc.find_host_cxx()
     lines = []
     for spec in specs:
         source = sources.render(spec, tile or catalog.tile(spec)).rstrip()
-        command = build.command_line(nvcc, cxx, (*sources.flags(spec.arch), "-cubin"), spec, "cubin")
+        command = nvcc.command_line(compiler, cxx, (*sources.flags(spec.arch), "-cubin"), spec, "cubin")
         lines += [f"cat > {spec.name}.cu <<'END'", *source.splitlines(), "END"]
         lines += [shlex.join(command), ""]
     return lines

@@ -1,31 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA source of a kernel: its translation unit, the headers it reaches, their hash, the flags
-it is built with.
+"""The CUDA source of a kernel: its translation unit, the files it reaches, their hash, the flags it is built with.
 
 Text only; build.py and emulator.py run compilers on it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from . import catalog, config
 from .catalog import Tile
+from .code_hash import Flattener
 from .errors import ArtifactError
 from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
 
 _ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}
-_SYSTEM = {"stddef.h", "stdint.h"}
-_INCLUDE = re.compile(r'[ \t]*#[ \t]*include\b[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)?')
 _ABI = re.compile(r"^#define FMHA_ABI (\d+)$", re.MULTILINE)
+
+EMULATOR_FLAGS = ("-shared", "-O2", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-pthread")
+"""The host compiler's flags for a kernel on the CPU emulator."""
+EMULATOR_CORE_FLAGS = ("-r", "-nostdlib", "-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-pthread")
+"""And for the emulator's scheduler and memory model, which are compiled once for all kernels."""
 
 _FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xptxas=--warn-on-spills")
 
 
 def _root() -> Path:
-    return (config.kernel_src() / "fmha").resolve()
+    return _resolved(config.kernel_src(), "fmha")
+
+
+@lru_cache(maxsize=8)
+def _resolved(folder: Path, name: str) -> Path:
+    return (folder / name).resolve()
 
 
 def _family(spec: KernelSpec) -> str:
@@ -100,54 +111,84 @@ def ptx_flags(arch: Arch) -> tuple[str, ...]:
     return (*_FLAGS, f"-arch=compute_{arch.value[2:]}")
 
 
-def include_closure(header: str) -> list[Path]:
-    """Every file of ``kernel_src/fmha`` that the header reaches, itself included, sorted by path.
+def code(spec: KernelSpec, tile: Tile) -> str:
+    """``code`` of a kernel: SHA-256 (hex) of its unit and of every file it reaches, as code_hash.py reads them.
 
-    Includes behind an ``#if`` count too: better one rebuild too many than a stale cubin.
+    The kernel's name does not count, so that equal code of two archs is seen.
 
     Raises:
-        ArtifactError: a file is missing, or an include is written so that it cannot be followed.
+        ArtifactError: a file is missing, or holds what the hash cannot follow.
     """
-    root = _root()
-    found: set[Path] = set()
-    todo = [root / header]
-    while todo:
-        path = todo.pop()
-        if path in found:
-            continue
-        if not path.is_file():
-            raise ArtifactError(
-                f"kernel source {path} is missing; reinstall fmha-runtime or restore the checkout",
-                path=path,
-            )
-        found.add(path)
-        for match in filter(None, map(_INCLUDE.match, path.read_text().splitlines())):
-            quoted, angled = match.groups()
-            if quoted:
-                todo.append((path.parent / quoted).resolve())
-            elif angled and angled.startswith("ptx/"):
-                todo.append(root / angled)
-            elif angled not in _SYSTEM:
-                raise ArtifactError(
-                    f"{path} includes {angled or 'a computed name'}, which the source hash cannot "
-                    'follow; use "file" for headers of this folder, <ptx/file> for wrappers, or '
-                    f"{sorted(_SYSTEM)}",
-                    path=path,
-                )
-    return sorted(found)
+    return flattener(_root()).digest(render(spec, tile), leave_out=spec.name)
 
 
-def source_hash(spec: KernelSpec) -> str:
-    """SHA-256 (hex) of the headers a kernel is made of: relative paths and contents, never mtimes
-    or tiles.
+def emulated_code(spec: KernelSpec, tile: Tile) -> str:
+    """What decides how a kernel runs on the CPU emulator, as SHA-256 (hex): its code over the emulator's twins of the
+    instructions that it uses, the scheduler and memory model, the host compiler's flags. Not the compiler itself.
+
+    Raises:
+        ArtifactError: as ``code``.
     """
-    root = _root()
-    digest = hashlib.sha256()
-    for path in include_closure(header(spec)):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+    unit, more = render(spec, tile), (*EMULATOR_FLAGS, emulator_core())
+    return flattener(*emulator_folders(), system=True).digest(unit, leave_out=spec.name, more=more)
+
+
+def emulator_folders() -> tuple[Path, ...]:
+    """Where an emulated kernel's headers are looked up: the twins first, they stand in for ``<ptx/...>``."""
+    return _resolved(config.kernel_src(), "emulator"), _root()
+
+
+def emulator_core() -> str:
+    """SHA-256 (hex) of the emulator's own source, comments aside, and of the flags it is compiled with."""
+    twins = emulator_folders()[0]
+    unit = "".join(f'#include "{path.name}"\n' for path in sorted(twins.glob("*.cpp")))
+    return flattener(twins, system=True).digest(unit, more=EMULATOR_CORE_FLAGS)
+
+
+def files(spec: KernelSpec) -> list[Path]:
+    """Every file of ``kernel_src/fmha`` that a kernel reaches, in the order of inclusion.
+
+    Raises:
+        ArtifactError: as ``code``.
+    """
+    return flattener(_root()).files(header(spec))
+
+
+def flattener(*folders: Path, system: bool = False) -> Flattener:
+    """The flattener of these folders, made anew when one of their files was written since."""
+    return _flattener(folders, system, _held.get(folders) or _stamps(folders))
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Within this block kernel_src is looked at once, however many kernels are hashed: for tables of all kernels."""
+    folders = ((_root(),), emulator_folders(), emulator_folders()[:1])
+    mine = {key: _stamps(key) for key in folders if key not in _held}
+    _held.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            del _held[key]
+
+
+_held: dict[tuple[Path, ...], tuple[object, ...]] = {}
+
+
+@lru_cache(maxsize=8)
+def _flattener(folders: tuple[Path, ...], system: bool, stamps: tuple[object, ...]) -> Flattener:
+    return Flattener(folders, system=system)
+
+
+def _stamps(folders: tuple[Path, ...]) -> tuple[object, ...]:
+    """What tells within one process that a file was written. Identity itself is content, never a time."""
+    found = []
+    for folder in folders:
+        for path, _, names in os.walk(folder):
+            for name in names:
+                status = os.stat(os.path.join(path, name))
+                found.append((path, name, status.st_mtime_ns, status.st_size))
+    return tuple(found)
 
 
 def abi() -> int:

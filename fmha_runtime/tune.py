@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from typing import Any
 
-from . import bench_peers, build, catalog, config, ledger, mask_packer, sources, tune_worker
+from . import bench_peers, build, catalog, config, mask_packer, records, sources, tune_worker
 from .bench_cells import SOFTCAP, Cell
 from .catalog import Tile
 from .errors import DriverError, FmhaError
@@ -131,7 +130,7 @@ def run(
             tuned.append(tune_kernel(spec, mine, job, timeout, worker, say, plain_grid=plain_grid))
     meta = {
         **{"gpu": info.name, "capability": list(info.capability), "driver": info.driver_version},
-        **{"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": ledger.commit()},
+        **{"date": records.now(), "commit": records.commit()},
         **{
             "lengths": sorted({cell.seqlen for spec in specs for cell in cells_for(spec, lengths)}),
             "reps": reps,
@@ -170,7 +169,7 @@ def tune_kernel(
         outcomes |= {twin.variant: twin for twin in twins}
     cells, peers = _time(job, outcomes, timeout, talk)
     catalogue = str(catalog.tile(spec))
-    result = Tuned(spec.name, sources.source_hash(spec), catalogue, cells, tuple(outcomes.values()), peers)
+    result = Tuned(spec.name, sources.code(spec, catalog.tile(spec)), catalogue, cells, tuple(outcomes.values()), peers)
     if result.choice is not None:
         say(f"{spec.name}: {result.choice.variant} (catalogue: {catalogue})")
     return result

@@ -49,7 +49,7 @@ class Tuned:
     """
 
     kernel: str
-    source_hash: str
+    code: str
     catalogue: str
     cells: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
@@ -111,7 +111,7 @@ class TuneRecord:
             chosen = tuned.choice
             head = {
                 "kernel": tuned.kernel,
-                "source_hash": tuned.source_hash,
+                "code": tuned.code,
                 "catalogue": tuned.catalogue,
                 "choice": chosen.variant if chosen else None,
                 "cells": list(tuned.cells),

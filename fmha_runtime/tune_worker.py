@@ -45,7 +45,7 @@ def check(job: Job, send: Send) -> bool:
     """Hold every variant to the number rule of verify.py, on its quick cases. False: the context is lost."""
     import torch
 
-    from . import launch, loader, verify
+    from . import launch, obtain, verify
 
     spec = KernelSpec.parse(job.kernel)
     if job.device.startswith("cuda"):  # opening the GPU takes seconds, which are not the first variant's
@@ -59,7 +59,7 @@ def check(job: Job, send: Send) -> bool:
         send(("checking", variant))
         tile = Tile.parse(variant)
         try:
-            kernel = loader.load(spec, device=job.device, tile=tile)
+            kernel = obtain.kernel(spec, device=job.device, tile=tile)
 
             def run(q: Tensor, k: Tensor, v: Tensor, kernel: Any = kernel, tile: Tile = tile, **options: Any) -> Any:
                 return launch.run(kernel, spec, q, k, v, tile=tile, **options)

@@ -9,15 +9,16 @@ matters, a second run gives the same bits. verify_check.py applies it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, ledger, sources, verify_cases, verify_check, verify_pack
+from . import ledger, records, sources, verify_cases, verify_check, verify_pack
 from .errors import InputError, ToolchainError
 from .spec import KernelSpec, Op
 from .verify_cases import EMULATOR_BUDGET, Case
@@ -26,6 +27,8 @@ from .verify_pack import PackCase
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .loader import Image
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
@@ -39,6 +42,7 @@ class Report:
     via: str
     complete: bool  # every case was considered: neither --quick nor --case
     results: tuple[CaseResult, ...]
+    image: Image | None = None  # what ran; None: a runner of the caller's
 
     @property
     def how(self) -> str:
@@ -103,6 +107,15 @@ def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...]:
     return verify_pack.cases() if spec.op is Op.PACK else verify_cases.cases(spec)
 
 
+def suite(spec: KernelSpec) -> str:
+    """What a kernel is held to, as SHA-256 (hex): its cases and the limits of the checks. Part of a record, so that
+    another case or a looser limit is seen. What a change of the checks themselves means, EDITION of verify_check says.
+    """
+    limits = verify_pack.limits() if spec.op is Op.PACK else verify_check.limits(spec.dtype)
+    text = json.dumps([limits, [asdict(case) for case in cases(spec)]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_case(
     spec: KernelSpec, case: Case | PackCase, device: str, runner: Runner, reference_device: str | None = None
 ) -> CaseResult:
@@ -158,7 +171,12 @@ def verify_kernel(
         KernelNotBuilt, ArtifactError, DriverError: the kernel cannot be loaded. What goes wrong
             while a case runs is that case's failure.
     """
-    runner = runner or _launcher(spec, device, via)
+    image = None
+    if runner is None:
+        from . import obtain
+
+        image = obtain.image(spec, via="emulator" if _on_emulator(device) else via)
+        runner = _launcher(image, device)
     wanted = [c for c in cases(spec) if (c.quick or not quick) and case in (None, c.id)]
     budget = EMULATOR_BUDGET["quick" if quick else "full"] if _on_emulator(device) else None
     results = []
@@ -176,7 +194,7 @@ def verify_kernel(
         results.append(result)
         if on_case is not None:
             on_case(result)
-    return Report(spec, device, via, not quick and case is None, tuple(results))
+    return Report(spec, device, via, not quick and case is None, tuple(results), image)
 
 
 def to_record(report: Report) -> ledger.Record:
@@ -191,33 +209,26 @@ def to_record(report: Report) -> ledger.Record:
             f"{report.spec.name} cannot be recorded as verified: {why}; only a passing run of all "
             "cases counts, so leave out --quick and --case"
         )
-    sha256 = nvcc = name = capability = driver_version = None
-    if report.how == "emulator":
-        name = "CPU emulator"
-    else:
+    image = report.image
+    if image is None:
+        raise InputError(f"{report.spec.name} cannot be recorded as verified: it is not known what the runner ran")
+    capability = driver_version = None
+    name = "CPU emulator"
+    if report.how != "emulator":
         from . import driver
 
         info = driver.device_info(int(report.device.partition(":")[2] or 0))
         name, driver_version = info.name, info.driver_version
         capability = ".".join(map(str, info.capability))
-    if report.how == "cubin":
-        from . import manifest
-
-        row = manifest.find(report.spec)
-        if row is not None:
-            sha256, nvcc = row.sha256, row.nvcc
-    elif report.how == "ptx":
-        from . import build
-
-        nvcc = build.find_nvcc().version
     assert report.worst is not None  # something passed
     return ledger.Record(
         name=report.spec.name,
         how=report.how,
-        source_hash=sources.source_hash(report.spec),
-        tile=str(catalog.tile(report.spec)),
-        sha256=sha256,
-        nvcc=nvcc,
+        evidence=image.evidence,
+        code=sources.code(report.spec, image.tile),
+        tile=str(image.tile),
+        suite=suite(report.spec),
+        nvcc=image.nvcc,
         device=name,
         capability=capability,
         driver=driver_version,
@@ -225,8 +236,8 @@ def to_record(report: Report) -> ledger.Record:
         skipped=len(report.skipped),
         worst_rel_l2=float(f"{report.worst_rel_l2:.3e}"),
         worst_ratio=float(f"{report.worst.ratio:.3f}"),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=ledger.commit(),
+        date=records.now(),
+        commit=records.commit(),
     )
 
 
@@ -267,16 +278,16 @@ def _torch_device(device: str) -> str:
     return "cpu" if _on_emulator(device) else device
 
 
-def _launcher(spec: KernelSpec, device: str, via: str) -> Runner:
+def _launcher(image: Image, device: str) -> Runner:
     from . import launch, loader
 
-    kernel = loader.load(spec, device=device, via=via)
-    if spec.op is Op.PACK:
+    kernel = loader.load(image, 0 if _on_emulator(device) else int(device.partition(":")[2] or 0))
+    if image.spec.op is Op.PACK:
         from . import mask_packer
 
         return partial(mask_packer.run, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return launch.run(kernel, spec, q, k, v, **options)
+        return launch.run(kernel, image.spec, q, k, v, **options)
 
     return run

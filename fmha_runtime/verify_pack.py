@@ -36,6 +36,14 @@ _CANARY = -0x35014542
 _GUARD = 64  # words
 
 
+EDITION = 1  # as verify_check.EDITION
+
+
+def limits() -> dict[str, float]:
+    """What the checks allow: not one wrong word."""
+    return {"edition": EDITION, "wrong_words": 0}
+
+
 @dataclass(frozen=True)
 class PackCase:
     """One mask. ``lens`` are the lengths of varlen sequences, () of a dense mask; ``spare`` tokens are behind them."""

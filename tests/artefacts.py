@@ -21,6 +21,7 @@ done
 sleep {seconds}
 case "$source" in *{failing}*) echo "$source(1): error: on request"; exit 2;; esac
 (echo "compiled by {version} from"; cat "$source") > "$out"
+case "$out" in *.ptx) ;; *) (echo "// PTX of {version}"; cat "$source") > "${{source%.cu}}.ptx";; esac
 echo "ptxas info    : Compiling entry function"
 echo "    {spills} bytes stack frame, {spills} bytes spill stores, {spills} bytes spill loads"
 echo "ptxas info    : Used 100 registers, used 1 barriers"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from artefacts import FakeNvcc
 
-from fmha_runtime import build
+from fmha_runtime import nvcc
 from fmha_runtime.errors import ToolchainError
 
 
@@ -58,8 +58,8 @@ def _no_gpu():
 @functools.cache
 def _no_nvcc():
     try:
-        build.find_nvcc()
-        build.find_host_cxx()
+        nvcc.find_nvcc()
+        nvcc.find_host_cxx()
     except ToolchainError as error:
         return f"needs nvcc: {error}"
     return ""

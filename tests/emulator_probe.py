@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmha_runtime import emulator
+from fmha_runtime import emulator, obtain
 from fmha_runtime.errors import EmulatorFault
 
 _SOURCE = """
@@ -43,7 +43,7 @@ def run(
     seed: int = 0,
 ) -> None:
     """Runs a kernel body; it sees params, t, smem, and in and out: the first array as uint32_t*."""
-    kernel = emulator.load_source(_SOURCE.format(body=body), "probe")
+    kernel = obtain.from_source(_SOURCE.format(body=body), "probe")
     kernel.order, kernel.seed = order, seed
     params = _Params()
     for field, arrays in ((params.inputs, inputs), (params.outputs, outputs)):

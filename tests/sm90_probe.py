@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from emulator_probe import aligned
 
-from fmha_runtime import emulator
+from fmha_runtime import emulator, obtain
 
 MAX_STEPS = 20
 
@@ -143,7 +143,7 @@ def emulate(
     order: emulator.Order = emulator.Order.FORWARD,
 ) -> None:
     """Launches on the emulator: pointers in params are the arrays' own."""
-    kernel = emulator.load_source(source, name)
+    kernel = obtain.from_source(source, name)
     kernel.order = order
     raw = ctypes.create_string_buffer(ctypes.sizeof(params) + 64)
     slot = -(-ctypes.addressof(raw) // 64) * 64

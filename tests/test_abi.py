@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from fmha_runtime import build, config, params, sources
+from fmha_runtime import config, nvcc, params, sources
 from fmha_runtime.errors import ArtifactError
 
 STRUCTS = (params.Strides, params.FwdParams, params.PackMaskParams)
@@ -30,7 +30,7 @@ def compiled(tmp_path_factory):
     (folder / "abi.cpp").write_text("\n".join(lines))
     folders = [config.kernel_src() / name for name in ("emulator", "fmha")]  # the twins stand in for <ptx/...>
     command = [
-        str(build.find_host_cxx()),
+        str(nvcc.find_host_cxx()),
         "-std=c++17",
         "-Wno-invalid-offsetof",
         *(f"-I{folder}" for folder in folders),

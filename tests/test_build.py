@@ -13,7 +13,7 @@ import pytest
 from artefacts import OTHER, SMALL
 from rich.console import Console
 
-from fmha_runtime import build, catalog, config, manifest, publish, sources
+from fmha_runtime import build, catalog, config, disassembly, manifest, nvcc, ptx, publish, sources, store
 from fmha_runtime.catalog import Tile
 from fmha_runtime.errors import ArtifactError, BuildError, InputError, ToolchainError
 from fmha_runtime.progress import BuildProgress
@@ -32,7 +32,7 @@ class TestWithAPretendedCompiler:
     def test_builds_publishes_and_tidies(self):
         results = build.build([SMALL, OTHER, SMALL])
         assert [(r.spec, r.status) for r in results] == [(SMALL, "built"), (OTHER, "built")]
-        assert results[0].row == manifest.find(SMALL)
+        assert results[0].row == store.find(SMALL)
         files = sorted(path.name for path in results[0].row.path.parent.iterdir())
         assert files == [f"{SMALL.name}.cubin", "row.json"]
         assert not leftovers(self.cache)
@@ -61,7 +61,7 @@ class TestWithAPretendedCompiler:
         root = artefacts.editable_sources(tmp_path, monkeypatch)
         row = build.build([SMALL])[0].row
         if change == "source":
-            (root / "fmha" / "mask.cuh").open("a").write("\n")
+            (root / "fmha" / "mask.cuh").open("a").write("int more;\n")
         elif change == "tile":
             monkeypatch.setattr(catalog, "tile", lambda spec: Tile(64, 32, 4, 2, 1))
         elif change == "compiler":
@@ -72,7 +72,7 @@ class TestWithAPretendedCompiler:
             (row.path.parent / "row.json").write_text("{")
         result = build.build([SMALL])[0]
         assert result.status == "built"
-        assert manifest.load_image(manifest.find(SMALL)) == result.row.path.read_bytes()
+        assert manifest.load_image(store.find(SMALL)) == result.row.path.read_bytes()
 
     def test_a_failure_keeps_the_others(self):
         self.nvcc.write(failing=SMALL.name)
@@ -81,23 +81,23 @@ class TestWithAPretendedCompiler:
         assert isinstance(first.error, BuildError)
         assert SMALL.name in str(first.error) and "error: on request" in str(first.error)
         assert str(self.nvcc.path) in first.error.command
-        assert manifest.find(SMALL) is None
+        assert store.find(SMALL) is None
         assert not leftovers(self.cache)
 
     def test_sources_edited_meanwhile_are_not_mistaken_for_the_compiled_ones(self, tmp_path, monkeypatch):
         header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "mask.cuh"
         text = self.nvcc.path.read_text()
-        self.nvcc.path.write_text(text.replace("(echo", f'echo "// edited" >> {header}\n(echo'))
+        self.nvcc.path.write_text(text.replace("(echo", f'echo "int edited;" >> {header}\n(echo'))
         result = build.build([SMALL])[0]
         assert "its sources changed while it was compiled; build again" in str(result.error)
-        assert manifest.find(SMALL) is None
+        assert store.find(SMALL) is None
 
     def test_spills_fail_the_kernel(self):
         self.nvcc.write(spills=24)
         result = build.build([SMALL])[0]
         assert result.status == "failed"
         assert "48 bytes of spills at 100 registers, 0 allowed" in str(result.error)
-        assert manifest.find(SMALL) is None
+        assert store.find(SMALL) is None
 
     def test_spills_that_the_catalogue_allows(self, monkeypatch):
         monkeypatch.setitem(catalog._ALLOWED_SPILLS, SMALL.name, (48, "a test"))
@@ -119,7 +119,7 @@ class TestWithAPretendedCompiler:
         tile = Tile(64, 32, 4, 2, 1)
         first = build.build([SMALL], tile=tile)[0]
         assert first.row.tile == tile
-        assert manifest.find(SMALL) is None
+        assert store.find(SMALL) is None
         assert build.build([SMALL], tile=tile)[0].status == "up to date"
 
     def test_keep_leaves_source_and_command(self):
@@ -134,28 +134,30 @@ class TestWithAPretendedCompiler:
         results = build.build([SMALL, OTHER], into=root)
         assert [r.status for r in results] == ["built", "up to date"]
         assert results[0].row.path == root / "sm80" / f"{SMALL.name}.cubin"
-        assert {row.spec for row in manifest.read_manifest(root)} == {SMALL, OTHER}
+        assert {row.spec for row in manifest.read(root)[0]} == {SMALL, OTHER}
         assert not self.cache.exists() and not leftovers(root)
 
     def test_into_does_not_write_over_a_manifest_it_cannot_read(self, tmp_path):
-        (tmp_path / "manifest.json").write_text("{")
-        with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        table = manifest.table(tmp_path, SMALL.op, SMALL.arch)
+        table.parent.mkdir()
+        table.write_text("{")
+        with pytest.raises(ArtifactError, match=r"fwd_sm80\.json"):
             build.build([SMALL], into=tmp_path)
-        assert (tmp_path / "manifest.json").read_text() == "{"
+        assert table.read_text() == "{"
 
     def test_kernels_that_left_the_catalogue_leave_the_manifest(self, tmp_path, monkeypatch):
         build.build([OTHER], into=tmp_path)
         exists = catalog.exists
         monkeypatch.setattr(catalog, "exists", lambda spec: spec != OTHER and exists(spec))
         build.build([SMALL], into=tmp_path)
-        assert {row.spec for row in manifest.read_manifest(tmp_path)} == {SMALL}
+        assert {row.spec for row in manifest.read(tmp_path)[0]} == {SMALL}
 
     def test_the_lock_is_compared(self, tmp_path, monkeypatch):
         root = tmp_path / "cubins"
         build.build([SMALL], into=root)
         monkeypatch.setattr(config, "package_root", lambda: root)
         assert build.build([SMALL], force=True)[0].lock == "same"
-        path = root / "manifest.json"
+        path = manifest.table(root, SMALL.op, SMALL.arch)
         sha = json.loads(path.read_text())["rows"][0]["sha256"]
         path.write_text(path.read_text().replace(sha, "0" * 64))
         assert build.build([SMALL], force=True)[0].lock == "differs"
@@ -187,17 +189,17 @@ class TestWithAPretendedCompiler:
         assert build.build([SMALL])[0].status == "built"
 
     def test_ptx_is_kept_for_machines_without_nvcc(self, monkeypatch):
-        text = build.compile_ptx(SMALL)
+        text = ptx.compile_ptx(SMALL)
         assert b"\0" not in text
         monkeypatch.setenv("FMHA_NVCC", "/nowhere/nvcc")
-        assert build.compile_ptx(SMALL) == text
+        assert ptx.compile_ptx(SMALL) == text
         with pytest.raises(ToolchainError):
-            build.compile_ptx(OTHER)
+            ptx.compile_ptx(OTHER)
 
     def test_ptx_failure(self):
         self.nvcc.write(failing=SMALL.name)
         with pytest.raises(BuildError, match="error: on request"):
-            build.compile_ptx(SMALL)
+            ptx.compile_ptx(SMALL)
         assert not leftovers(self.cache)
 
     def test_clean_keeps_what_is_good(self):
@@ -205,7 +207,7 @@ class TestWithAPretendedCompiler:
         old = build.build([SMALL], tile=Tile(64, 32, 4, 2, 1))[0].row.path
         broken = build.build([OTHER])[0].row.path
         broken.write_bytes(b"")
-        build.compile_ptx(SMALL)
+        ptx.compile_ptx(SMALL)
         folders, size = publish.clean(self.cache)
         assert (folders, size > 0) == (2, True)
         assert good.exists() and not old.exists() and not broken.exists()
@@ -224,25 +226,25 @@ class TestWithAPretendedCompiler:
 
 class TestFindingTheCompiler:
     def test_the_variable_comes_first(self, fake_nvcc):
-        found = build.find_nvcc()
+        found = nvcc.find_nvcc()
         assert (found.path, found.version, found.origin) == (fake_nvcc.path, "13.0.99", "FMHA_NVCC")
 
     def test_a_program_that_is_no_nvcc(self, fake_nvcc):
         fake_nvcc.path.write_text("#!/bin/sh\necho hello\n")
         with pytest.raises(ToolchainError, match="does not answer --version like an nvcc"):
-            build.find_nvcc()
+            nvcc.find_nvcc()
 
     def test_a_program_that_does_not_run(self, fake_nvcc):
         fake_nvcc.path.write_text("#!/nowhere/sh\n")
         with pytest.raises(ToolchainError, match="cannot run"):
-            build.find_nvcc()
+            nvcc.find_nvcc()
 
     def test_a_ptxas_of_another_release(self, fake_nvcc):
         ptxas = fake_nvcc.path.with_name("ptxas")
         ptxas.write_text('#!/bin/sh\necho "release 13.2, V13.2.51"\n')
         ptxas.chmod(0o755)
         with pytest.raises(ToolchainError, match=r"nvcc 13\.0, ptxas 13\.2.*pip install"):
-            build.find_nvcc()
+            nvcc.find_nvcc()
 
     def packaged_toolkit(self, fake_nvcc, tmp_path, monkeypatch, **versions):
         site = tmp_path / "site-packages"
@@ -258,7 +260,7 @@ class TestFindingTheCompiler:
 
     def test_a_consistent_toolkit_from_the_index(self, fake_nvcc, tmp_path, monkeypatch):
         self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, cuda_cccl="13.3.4.3.1")
-        assert build.find_nvcc().version == "13.0.99"
+        assert nvcc.find_nvcc().version == "13.0.99"
 
     @pytest.mark.parametrize(
         ("part", "version", "word"),
@@ -268,21 +270,21 @@ class TestFindingTheCompiler:
         self.packaged_toolkit(fake_nvcc, tmp_path, monkeypatch, **{part: version})
         remedy = re.escape("--force-reinstall 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.*'")
         with pytest.raises(ToolchainError, match=rf"{part} {word}.*pip install {remedy}"):
-            build.find_nvcc()
+            nvcc.find_nvcc()
 
     def test_nowhere(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("FMHA_NVCC", raising=False)
-        monkeypatch.setattr(build, "_USUAL", tmp_path / "nvcc")
+        monkeypatch.setattr(nvcc, "_USUAL", tmp_path / "nvcc")
         monkeypatch.setitem(__import__("sys").modules, "cuda.pathfinder", None)
         with pytest.raises(ToolchainError, match=r"pip install 'fmha-runtime\[build\]'"):
-            build.find_nvcc()
+            nvcc.find_nvcc()
 
     def test_no_disassembler(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.setenv("FMHA_NVCC", "/nowhere/nvcc")
         with pytest.raises(ToolchainError, match="no disassembler"):
-            build.disassemble(b"")
+            disassembly.disassemble(b"")
 
 
 def test_instruction_mix():
@@ -292,8 +294,8 @@ def test_instruction_mix():
         /*00a0*/                   HMMA.16816.F32 R4, R8, R2, R4 ;
     """
     ptx = "\t.reg .pred %p<2>;\n\tmma.sync.aligned.m16n8k16 {%f1};\n\t@%p1 bra \t$L__BB0_2;\n\tret;\n"
-    assert build.instruction_mix(sass) == {"LDC": 1, "HMMA": 2}
-    assert build.instruction_mix(ptx) == {"mma": 1, "bra": 1, "ret": 1}
+    assert disassembly.instruction_mix(sass) == {"LDC": 1, "HMMA": 2}
+    assert disassembly.instruction_mix(ptx) == {"mma": 1, "bra": 1, "ret": 1}
 
 
 @pytest.mark.nvcc
@@ -317,8 +319,8 @@ class TestWithTheRealCompiler:
         """A sample rebuilt with the pinned compiler has the committed SHA-256."""
         names = [f"fmha_fwd_{end}" for end in ("sm80_fp16_d32", "sm90_bf16_d64", "sm120_bf16_d40")]
         sample = [KernelSpec.parse(name) for name in names]
-        version = build.find_nvcc().version
-        locked = {spec: manifest.locked(spec) for spec in sample}
+        version = nvcc.find_nvcc().version
+        locked = {spec: store.locked(spec) for spec in sample}
         if not all(row and row.nvcc == version for row in locked.values()):
             pinned = {row.nvcc for row in locked.values() if row} or "nothing"
             pytest.skip(f"the manifest locks builds of nvcc {pinned}, here is {version}")
@@ -329,10 +331,10 @@ class TestWithTheRealCompiler:
             assert result.lock == "same"
 
     def test_ptx_is_of_the_base_architecture(self):
-        text = build.compile_ptx(SMALL)
+        text = ptx.compile_ptx(SMALL)
         assert b".target sm_80\n" in text and SMALL.name.encode() in text
         assert b"\0" not in text
-        assert build.instruction_mix(text.decode())["mma"] > 0
+        assert disassembly.instruction_mix(text.decode())["mma"] > 0
 
     def test_a_source_error_leaves_nothing(self, tmp_path, monkeypatch):
         root = artefacts.editable_sources(tmp_path, monkeypatch)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import fmha_runtime
-from fmha_runtime import catalog, cli, config, driver, manifest, selection
+from fmha_runtime import catalog, cli, config, driver, manifest, selection, store
 from fmha_runtime.errors import (
     ArtifactError,
     BuildError,
@@ -136,7 +136,7 @@ def test_list_of_a_built_kernel(own_cache, fake_nvcc):
 
 def test_list_shows_a_truncated_cubin(own_cache, fake_nvcc):
     fmha("build", SMALL)
-    path = manifest.find(KernelSpec.parse(SMALL)).path
+    path = store.find(KernelSpec.parse(SMALL)).path
     path.write_bytes(path.read_bytes()[:10])
     result = fmha("list", SMALL)
     assert "broken" in result.stdout
@@ -285,7 +285,7 @@ def test_build_into_a_packaged_root(own_cache, fake_nvcc, tmp_path):
     root = tmp_path / "cubins"
     assert fmha("build", SMALL, "--into", root).exit_code == 0
     assert (root / "sm80" / f"{SMALL}.cubin").is_file()
-    assert [row.spec.name for row in manifest.read_manifest(root)] == [SMALL]
+    assert [row.spec.name for row in manifest.read(root)[0]] == [SMALL]
 
 
 def test_build_of_another_tile(own_cache, fake_nvcc):
@@ -476,7 +476,7 @@ def test_inspect_of_a_kernel_that_is_not_built(own_cache, monkeypatch, tmp_path)
 def test_inspect_of_a_real_kernel(cache_dir):
     assert fmha("build", SMALL).exit_code == 0
     (item,) = json.loads(fmha("inspect", SMALL, "--json").stdout)["items"]
-    row = manifest.find(KernelSpec.parse(SMALL))
+    row = store.find(KernelSpec.parse(SMALL))
     assert (item["registers"], item["spill_bytes"]) == (row.registers, 0)
     assert item["key"] == row.path.parent.name
     words = {name.lower() for name in item["mix"]}
@@ -491,12 +491,12 @@ def test_cache(own_cache, fake_nvcc):
     fmha("build", SMALL)
     assert "removed 0 entries" in fmha("cache", "prune").stderr
     assert "removed 1 entries" in fmha("cache", "clean").stderr
-    assert manifest.state(KernelSpec.parse(SMALL)).word != "ready"
+    assert store.state(KernelSpec.parse(SMALL)).word != "ready"
 
 
 def test_cache_prune_removes_what_is_outdated(own_cache, fake_nvcc):
     fmha("build", SMALL)
-    path = manifest.find(KernelSpec.parse(SMALL)).path
+    path = store.find(KernelSpec.parse(SMALL)).path
     path.write_bytes(b"not a cubin")
     assert "removed 1 entries" in fmha("cache", "prune").stderr
 
@@ -520,10 +520,10 @@ def test_cache_prune_removes_what_is_outdated(own_cache, fake_nvcc):
     ],
 )
 def test_exit_codes(monkeypatch, error, code):
-    def fail(specs):
+    def fail():
         raise error
 
-    monkeypatch.setattr(manifest, "states", fail)
+    monkeypatch.setattr(store, "rows", fail)
     monkeypatch.delenv("FMHA_DEBUG", raising=False)
     result = fmha("list")
     assert result.exit_code == code
@@ -537,10 +537,10 @@ def test_exit_codes(monkeypatch, error, code):
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    def fail(specs):
+    def fail():
         raise InputError("bad")
 
-    monkeypatch.setattr(manifest, "states", fail)
+    monkeypatch.setattr(store, "rows", fail)
     monkeypatch.setenv("FMHA_DEBUG", "1")
     assert isinstance(fmha("list").exception, InputError)
 

@@ -16,20 +16,20 @@ import pytest
 from artefacts import OTHER, SMALL
 
 import fmha_runtime
-from fmha_runtime import build, manifest, publish
+from fmha_runtime import build, manifest, publish, store
 from fmha_runtime.errors import BuildError
 
 # Prints the SHA-256 of the image that this process would launch.
 BUILDER = f"""
 import hashlib
-from fmha_runtime import build, manifest
+from fmha_runtime import build, manifest, store
 from fmha_runtime.spec import KernelSpec
 specs = [KernelSpec.parse("{SMALL.name}"), KernelSpec.parse("{OTHER.name}")]
 for result in build.build(specs):
     assert result.error is None, result.error
     print(hashlib.sha256(manifest.load_image(result.row)).hexdigest())
 for spec in specs:
-    assert manifest.find(spec) is not None
+    assert store.find(spec) is not None
 """
 
 
@@ -65,7 +65,7 @@ def test_sixteen_cold_builders_one_of_them_killed(own_cache, fake_nvcc):
         printed.add(out)
     assert len(printed) == 1, "all load the same bytes"
     for spec in (SMALL, OTHER):
-        row = manifest.find(spec)
+        row = store.find(spec)
         assert hashlib.sha256(row.path.read_bytes()).hexdigest() == row.sha256
         assert len(list(own_cache.glob(f"{spec.name}-*"))) == 1
     # What the victim left is invisible, and goes once it is too old to belong to anybody.
@@ -84,7 +84,7 @@ def test_killed_at_any_moment_leaves_nothing_half_done(own_cache, fake_nvcc):
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        rows, broken = manifest.rows()
+        rows, broken = store.rows()
         assert not broken
         for row in rows:
             if row.path is not None:
@@ -123,7 +123,7 @@ def read_only(own_cache, fake_nvcc):
 
 def test_a_read_only_cache_serves(read_only):
     before = sorted(read_only.rglob("*"))
-    row = manifest.find(SMALL)
+    row = store.find(SMALL)
     assert manifest.load_image(row)
     assert build.build([SMALL])[0].status == "up to date"
     assert sorted(read_only.rglob("*")) == before

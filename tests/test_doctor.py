@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli, config, doctor, manifest
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime import cli, code_hash, config, doctor, manifest, sources, store
+from fmha_runtime.spec import Arch, KernelSpec
 
 SMALL = "fmha_fwd_sm80_bf16_d32"
 
 
 @pytest.fixture
 def own_cache(own_cache, tmp_path, monkeypatch):
-    """As in conftest.py, and without the package's cubins, which a developer may have built."""
+    """As in conftest.py, and the package as a fresh clone has it, without cubins that a developer may have built."""
+    shutil.copytree(config.package_root() / "manifest", tmp_path / "package" / "manifest")
     monkeypatch.setattr(config, "package_root", lambda: tmp_path / "package")
     return own_cache
 
@@ -57,7 +59,7 @@ def test_installed_is_not_loaded(own_cache):
 
 def test_a_broken_cubin_is_exit_4(own_cache, fake_nvcc):
     CliRunner().invoke(cli.main, ["build", SMALL])
-    path = manifest.find(KernelSpec.parse(SMALL)).path
+    path = store.find(KernelSpec.parse(SMALL)).path
     path.write_bytes(path.read_bytes()[:-1])
     found = doctor.examine()
     assert found.exit_code == 4
@@ -68,7 +70,7 @@ def test_a_broken_cubin_is_exit_4(own_cache, fake_nvcc):
 
 def test_an_unreadable_row_is_exit_4(own_cache, fake_nvcc):
     CliRunner().invoke(cli.main, ["build", SMALL])
-    path = manifest.find(KernelSpec.parse(SMALL)).path
+    path = store.find(KernelSpec.parse(SMALL)).path
     (path.parent / manifest.ROW).write_text("{")
     found = doctor.examine()
     assert found.exit_code == 4
@@ -107,8 +109,8 @@ def test_a_crashing_probe_does_not_stop_the_others(own_cache, monkeypatch):
 @pytest.mark.parametrize(
     ("state", "text"),
     [
-        ({"arch": "sm90", "gpus": 1, "driver": 13, "nvcc": None}, "there is no nvcc"),
-        ({"arch": "sm90", "gpus": 1, "driver": 12, "nvcc": "13.0.88"}, "ahead of the driver"),
+        ({"arch": Arch.SM90, "gpus": 1, "driver": 13, "nvcc": None}, "there is no nvcc"),
+        ({"arch": Arch.SM90, "gpus": 1, "driver": 12, "nvcc": "13.0.88"}, "ahead of the driver"),
         ({"gpus": 0, "cxx": False}, "no kernel can run here"),
     ],
 )
@@ -119,7 +121,71 @@ def test_the_whole_picture(state, text):
     assert any(text in problem.text and problem.command for problem in found.problems)
 
 
-def test_a_gpu_without_kernels_is_a_problem(own_cache):
-    found = doctor.Diagnosis(arch="sm90", gpus=1)
+def problems(found):
     list(doctor._cubins(found))
-    assert [problem.command for problem in found.problems] == ["fmha build --arch sm90"]
+    return [(problem.code, problem.command) for problem in found.problems]
+
+
+def test_a_gpu_without_kernels_is_a_problem(own_cache):
+    assert problems(doctor.Diagnosis(arch=Arch.SM90, gpus=1)) == [(3, "fmha build --arch sm90a --arch sm90")]
+    assert problems(doctor.Diagnosis(arch=Arch.SM89, gpus=1)) == [(3, "fmha build --arch sm89")]
+
+
+@pytest.mark.parametrize("name", ["fmha_fwd_sm90a_bf16_d64", "fmha_fwd_sm90_bf16_d64"])
+def test_kernels_of_either_target_serve_a_hopper_gpu(own_cache, fake_nvcc, name):
+    assert CliRunner().invoke(cli.main, ["build", name]).exit_code == 0
+    assert problems(doctor.Diagnosis(arch=Arch.SM90, gpus=1)) == []
+
+
+def test_a_flipped_bit_is_a_problem(own_cache, fake_nvcc):
+    CliRunner().invoke(cli.main, ["build", SMALL])
+    path = store.find(KernelSpec.parse(SMALL)).path
+    image = bytearray(path.read_bytes())
+    image[7] ^= 4
+    path.write_bytes(image)
+    assert store.state(KernelSpec.parse(SMALL)).word == "ready"  # its size is right
+    found = doctor.examine()
+    assert found.exit_code == 4
+    (problem,) = [problem for problem in found.problems if problem.code == 4]
+    assert "SHA-256" in problem.text and problem.command == f"fmha build --force {SMALL}"
+
+
+@pytest.mark.parametrize("damage", ["text", "gone"])
+def test_a_packaged_manifest_that_is_damaged_or_gone_is_a_problem(own_cache, damage):
+    root = config.package_root()
+    if damage == "text":
+        (root / "manifest" / "fwd_sm90.json").write_text('{"schema": 2, "rows": [')
+    else:
+        shutil.rmtree(root / "manifest")
+    found = problems(doctor.Diagnosis(gpus=1))
+    assert [code for code, _ in found] == [4]
+    assert "pip install --force-reinstall" in found[0][1]
+
+
+@pytest.mark.parametrize("package", ["cuda-bindings", "numpy", "click", "rich"])
+def test_a_missing_dependency_is_a_problem(own_cache, monkeypatch, package):
+    version = doctor.metadata.version
+
+    def gone(name):
+        if name == package:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", gone)
+    found = doctor.examine()
+    (problem,) = [problem for problem in found.problems if package in problem.text]
+    assert found.exit_code == 3 and problem.command.startswith(f"pip install '{package}")
+
+
+@pytest.mark.parametrize("command", ["list", "doctor"])
+def test_tables_are_read_once(own_cache, monkeypatch, command):
+    """What makes `fmha list` and `fmha doctor` fast: their time grows with the rows, not with rows times rows."""
+    read, tables, lexed = manifest.read_table, [], []
+    monkeypatch.setattr(manifest, "read_table", lambda path, label="": tables.append(path) or read(path, label))
+    lexer = code_hash._read
+    monkeypatch.setattr(code_hash, "_read", lambda path: lexed.append(path) or lexer(path))
+    sources._flattener.cache_clear()
+    assert CliRunner().invoke(cli.main, [command]).exit_code in (0, 3)
+    assert len(tables) == len(set(tables)) > 5
+    # The kernels' headers once, and over the emulator's twins once more.
+    assert max((lexed.count(path) for path in lexed), default=0) <= 2

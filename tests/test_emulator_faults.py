@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from emulator_probe import aligned, fault, run
 
-from fmha_runtime import emulator
+from fmha_runtime import obtain
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import ArtifactError, BuildError, EmulatorFault, ToolchainError
 
@@ -269,7 +269,7 @@ def test_launches_that_no_gpu_would_start() -> None:
 
 
 def test_the_parameter_block_is_aligned() -> None:
-    kernel = emulator.load_source(
+    kernel = obtain.from_source(
         "#include <ptx/common.cuh>\nstruct alignas(64) P { int x; };\nFMHA_KERNEL(probe, P, 32, 1) { (void)params; }",
         "probe",
     )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import catalog, config, emulator, launch, sources
+from fmha_runtime import catalog, config, emulator, launch, obtain, sources
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.spec import KernelSpec, KvLayout
@@ -123,20 +123,20 @@ def assert_caught(mutant: Mutant, folder: Path, run: Run, orders: Iterable[Order
     """A mutant, made in ``folder``, faults as it says in each of these orders, or else computes something else."""
     spec = KernelSpec.parse(mutant.spec)
     mutate(mutant, folder)
-    kernel = emulator.load_source(sources.render(spec, catalog.tile(spec)), spec.name, [folder])
+    kernel = obtain.from_source(sources.render(spec, catalog.tile(spec)), spec.name, [folder])
     for kernel.order in orders:
         if mutant.fault:
             with pytest.raises(EmulatorFault, match=mutant.fault) as caught:
                 run(kernel, spec)
             assert spec.name in str(caught.value)
         else:
-            good, bad = run(emulator.load(spec), spec)[0], run(kernel, spec)[0]
+            good, bad = run(obtain.kernel(spec, device="emulator"), spec)[0], run(kernel, spec)[0]
             assert not torch.allclose(good.float(), bad.float(), atol=0.1)
 
 
 def assert_the_same_in_every_order(spec: KernelSpec, run: Run) -> None:
     """The kernel as it is faults in no order, leaves no NaN and computes the same bits."""
-    kernel = emulator.load(spec)
+    kernel = obtain.kernel(spec, device="emulator")
     results = []
     for kernel.order in Order:
         results.append(run(kernel, spec))

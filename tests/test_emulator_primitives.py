@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulator_probe import aligned, run
 
-from fmha_runtime import build, config, emulator
+from fmha_runtime import config, emulator, nvcc, obtain
 from fmha_runtime.emulator import Order
 
 LANE = np.arange(32)
@@ -343,7 +343,7 @@ FMHA_KERNEL(use_bf16, Params, 128, 1) {
 
 
 def test_every_wrapper_compiles_for_the_cpu() -> None:
-    assert emulator.load_source(EVERY_WRAPPER, "use_bf16").name == "use_bf16"
+    assert obtain.from_source(EVERY_WRAPPER, "use_bf16").name == "use_bf16"
     headers = (config.kernel_src() / "fmha" / "ptx" / name for name in ("common.cuh", "sm80.cuh"))
     wrappers = set().union(*map(wrapper_names, headers))
     assert len(wrappers) >= 20
@@ -355,7 +355,7 @@ def test_every_wrapper_compiles_for_the_cpu() -> None:
 @pytest.mark.parametrize("arch", ["80", "90", "120"])
 def test_every_wrapper_compiles_for_the_gpu(arch: str, tmp_path: Path) -> None:
     (tmp_path / "use.cu").write_text(EVERY_WRAPPER)
-    command = [str(build.find_nvcc().path), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{arch}"]
+    command = [str(nvcc.find_nvcc().path), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{arch}"]
     command += [f"-I{config.kernel_src() / 'fmha'}", "-o", "use.cubin", "use.cu"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

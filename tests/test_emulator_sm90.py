@@ -25,7 +25,7 @@ from sm90_probe import (
 from test_emulator_primitives import signatures, wrapper_names
 from tma_probe import TMA_CASES, run_tma
 
-from fmha_runtime import build, config, emulator, tensor_map
+from fmha_runtime import config, nvcc, obtain, tensor_map
 from fmha_runtime.emulator import Order
 from fmha_runtime.spec import DType
 from fmha_runtime.tensor_map import Swizzle
@@ -639,7 +639,7 @@ FMHA_KERNEL(use_sm90, Params, 256, 1) {
 
 
 def test_every_wrapper_compiles_for_the_cpu() -> None:
-    assert emulator.load_source(EVERY_WRAPPER, "use_sm90").name == "use_sm90"
+    assert obtain.from_source(EVERY_WRAPPER, "use_sm90").name == "use_sm90"
     wrappers = wrapper_names(config.kernel_src() / "fmha" / "ptx" / "sm90.cuh")
     missing = {name for name in wrappers if not re.search(rf"\b{name}\b", EVERY_WRAPPER)}
     assert not missing, f"EVERY_WRAPPER does not use {missing}"
@@ -648,7 +648,7 @@ def test_every_wrapper_compiles_for_the_cpu() -> None:
 @pytest.mark.nvcc
 def test_every_wrapper_compiles_for_the_gpu(tmp_path: Path) -> None:
     (tmp_path / "use.cu").write_text(EVERY_WRAPPER)
-    command = [str(build.find_nvcc().path), "-cubin", "-std=c++17", "-O3", "-arch=sm_90a"]
+    command = [str(nvcc.find_nvcc().path), "-cubin", "-std=c++17", "-O3", "-arch=sm_90a"]
     command += [f"-I{config.kernel_src() / 'fmha'}", "-o", "use.cubin", "use.cu"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

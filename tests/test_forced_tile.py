@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fmha_runtime
-from fmha_runtime import api, build, catalog, dispatch, driver, forced_tile, loader, manifest, reference
+from fmha_runtime import api, build, catalog, dispatch, driver, forced_tile, obtain, reference, store
 from fmha_runtime.catalog import Tile
 from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
@@ -158,21 +158,21 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 def test_a_cubin_of_a_forced_tile_is_built_once(own_cache, fake_nvcc, loaded: list[bytes]) -> None:
     tile = forced_tile.parse(SMALL, "64x32 w4 s2 c1")
-    loader.load(SMALL, tile=tile)
-    loader.load(SMALL, tile=tile)
+    obtain.kernel(SMALL, tile=tile)
+    obtain.kernel(SMALL, tile=tile)
     assert fake_nvcc.runs == 1 and len(loaded) == 2
-    row = manifest.find_tile(SMALL, tile)
+    row = store.find_tile(SMALL, tile)
     assert row is not None and row.tile == tile
-    assert manifest.find_tile(SMALL, Tile.parse("64x16 w4 s2 c1")) is None
-    assert manifest.state(SMALL).word == "stale"  # dispatch never picks it unasked
+    assert store.find_tile(SMALL, Tile.parse("64x16 w4 s2 c1")) is None
+    assert store.state(SMALL).word == "stale"  # dispatch never picks it unasked
 
 
 def test_experiments_may_spill_and_the_catalogues_kernels_not(own_cache, fake_nvcc, loaded, monkeypatch) -> None:
     fake_nvcc.write(spills=24)
     tile = forced_tile.parse(SMALL, "64x32 w4 s2 c1")
-    loader.load(SMALL, tile=tile)
+    obtain.kernel(SMALL, tile=tile)
     monkeypatch.setattr(catalog, "tile", lambda spec: tile)  # somebody makes it the catalogue's
-    assert "spills" in manifest.state(SMALL).reason
+    assert "spills" in store.state(SMALL).reason
     (result,) = build.build([SMALL])
     assert result.status == "failed"
 
@@ -180,7 +180,7 @@ def test_experiments_may_spill_and_the_catalogues_kernels_not(own_cache, fake_nv
 def test_a_tile_that_does_not_compile_says_so(own_cache, fake_nvcc, loaded) -> None:
     fake_nvcc.write(failing="d64")
     with pytest.raises(BuildError, match="tile 64x32 w4 s2 c1 cannot be built"):
-        loader.load(SMALL, tile=Tile.parse("64x32 w4 s2 c1"))
+        obtain.kernel(SMALL, tile=Tile.parse("64x32 w4 s2 c1"))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import build, catalog, dispatch, driver, launch, loader, manifest, reference  # noqa: E402
+from fmha_runtime import catalog, dispatch, driver, launch, manifest, nvcc, obtain, reference  # noqa: E402
 from fmha_runtime.errors import ArtifactError, DriverError, InputError  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -87,7 +87,7 @@ def test_graph_replays_with_changed_contents():
 
 def test_loading_during_capture_is_refused_with_the_remedy():
     q, k, v = qkv()
-    image = manifest.load_image(loader._built(spec_of(q)))
+    image = manifest.load_image(obtain._built(spec_of(q)))
     # The same kernel under another image hash: certainly not loaded yet.
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     smem = catalog.smem_bytes(spec_of(q), catalog.tile(spec_of(q)))
@@ -182,7 +182,7 @@ def test_mixed_devices_are_refused():
 def test_truncated_cubin_and_wrong_abi_are_artifact_errors():
     q, _, _ = qkv()
     spec = spec_of(q)
-    row = loader._built(spec)
+    row = obtain._built(spec)
     image = manifest.load_image(row)
     smem = catalog.smem_bytes(spec, catalog.tile(spec))
     with pytest.raises(ArtifactError, match="truncated"):
@@ -194,7 +194,7 @@ def test_truncated_cubin_and_wrong_abi_are_artifact_errors():
 def test_ptx_of_an_older_arch_runs():
     q, k, v = qkv()
     spec = fmha.KernelSpec.parse("fmha_fwd_sm80_bf16_d64")
-    kernel = loader.load(spec, device="cuda:0", via="ptx")
+    kernel = obtain.kernel(spec, device="cuda:0", via="ptx")
     out = launch.run(kernel, spec, q, k, v, causal=True)
     assert error(out, reference.attention(q, k, v, causal=True)[0]) < 3e-3
 
@@ -210,7 +210,7 @@ def test_fallback_in_torch_on_the_gpu():
 def test_build_reports_the_registers_that_the_driver_sees():
     q, _, _ = qkv()
     spec = spec_of(q)
-    row = loader._built(spec)
-    assert driver.registers(loader.load(spec)) == row.registers
+    row = obtain._built(spec)
+    assert driver.registers(obtain.kernel(spec)) == row.registers
     assert dispatch.choose(fmha.explain(q, q, q).problem).spec == spec
-    assert build.find_nvcc().version
+    assert nvcc.find_nvcc().version

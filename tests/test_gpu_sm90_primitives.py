@@ -27,7 +27,7 @@ from sm90_probe import (
 )
 from tma_probe import STORE_CASES, TMA_CASES, run_tma, run_tma_store
 
-from fmha_runtime import build, config, driver, tensor_map
+from fmha_runtime import config, driver, nvcc, tensor_map
 from fmha_runtime.tensor_map import TensorMapLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.nvcc]
@@ -56,7 +56,7 @@ def launch(tmp_path: Path) -> Launch:
         outputs: Sequence[np.ndarray],
     ) -> None:
         (tmp_path / f"{name}.cu").write_text(source)
-        command = [str(build.find_nvcc().path), "-cubin", "-std=c++17", "-O3", "-arch=sm_90a"]
+        command = [str(nvcc.find_nvcc().path), "-cubin", "-std=c++17", "-O3", "-arch=sm_90a"]
         command += [f"-I{config.kernel_src() / 'fmha'}", "-o", f"{name}.cubin", f"{name}.cu"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr

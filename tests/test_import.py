@@ -17,10 +17,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports from its own floor or from below, never in a circle. A new file needs its place.
 FLOORS = {
-    0: "errors config spec alibi",
-    1: "catalog forced_tile sources manifest params publish ledger",
-    2: "build driver emulator tensors interop packed_mask tensor_map",
-    3: "call dispatch emulated_launch launch loader mask_packer merge reference sections torch_ops",
+    0: "errors config spec alibi records",
+    1: "code_hash catalog forced_tile sources manifest store params publish ledger",
+    2: "nvcc build ptx check disassembly gxx driver emulator tensors interop packed_mask tensor_map",
+    3: "call dispatch emulated_launch launch loader obtain mask_packer merge reference sections torch_ops",
     4: "api eager",
     5: "verify verify_cases verify_check verify_pack bench bench_record plots doctor inspection progress"
     " report selection integrations integrations.torch_sdpa integrations.transformers"
@@ -35,8 +35,8 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 
 DOORS = {
     "cuda.bindings": {"driver", "tensor_map"},
-    "cuda.pathfinder": {"build"},
-    "subprocess": {"build", "emulator"},
+    "cuda.pathfinder": {"nvcc"},
+    "subprocess": {"nvcc", "gxx"},
     "click": {"cli"},
     "rich": {"cli", "progress"},
 }
@@ -164,10 +164,11 @@ for name in [{wanted}]:
 def test_a_process_may_fork_after_the_import():
     code = """
 import os, fmha_runtime
-from fmha_runtime import catalog, manifest
+from fmha_runtime import catalog, store
 pid = os.fork()
 if pid == 0:
-    os._exit(0 if len(manifest.states(catalog.enumerate_specs())) == len(set(catalog.enumerate_specs())) else 1)
+    specs = catalog.enumerate_specs()
+    os._exit(0 if len(store.Inventory.of(specs).states) == len(set(specs)) else 1)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     done = run(code, cwd=PACKAGE.parent)

@@ -108,15 +108,15 @@ def test_no_driver_says_what_still_works(monkeypatch):
 
 
 def test_missing_kernel_names_the_command(monkeypatch, tmp_path):
-    from fmha_runtime import loader
+    from fmha_runtime import obtain
     from fmha_runtime.spec import KernelSpec
 
     monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FMHA_BUILD_ON_DEMAND", raising=False)
-    monkeypatch.setattr(loader.manifest, "find", lambda spec: None)
+    monkeypatch.setattr(obtain.store, "find", lambda spec: None)
     spec = KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
     with pytest.raises(fmha.KernelNotBuilt, match="fmha build fmha_fwd_sm90_bf16_d128") as caught:
-        loader.load(spec, device="cuda:0")
+        obtain.kernel(spec, device="cuda:0")
     assert caught.value.command == "fmha build fmha_fwd_sm90_bf16_d128"
     assert str(caught.value).count("fmha build") == 1 and "FMHA_BUILD_ON_DEMAND=1" in str(caught.value)
 
@@ -135,15 +135,15 @@ def test_a_head_dim_without_kernels_is_no_question_of_strides(d):
 def test_a_failed_build_on_demand_shows_the_compilers_error(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
-    from fmha_runtime import loader
+    from fmha_runtime import obtain
     from fmha_runtime.spec import KernelSpec
 
     error = fmha.BuildError("nvcc exited with 1", command="nvcc", log="boom")
     monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")
-    monkeypatch.setattr(loader.manifest, "find", lambda spec: None)
-    monkeypatch.setattr(loader.build, "build", lambda specs: [SimpleNamespace(error=error)])
+    monkeypatch.setattr(obtain.store, "find", lambda spec: None)
+    monkeypatch.setattr(obtain.build, "build", lambda specs: [SimpleNamespace(error=error)])
     with pytest.raises(fmha.BuildError, match="nvcc exited with 1"):
-        loader.load(KernelSpec.parse("fmha_fwd_sm90_bf16_d128"), device="cuda:0")
+        obtain.kernel(KernelSpec.parse("fmha_fwd_sm90_bf16_d128"), device="cuda:0")
 
 
 def test_a_gpu_without_kernels_is_told_which_have_some(monkeypatch):

@@ -10,7 +10,7 @@ import artefacts
 import pytest
 from artefacts import OTHER, SMALL
 
-from fmha_runtime import build, catalog, config, manifest, sources
+from fmha_runtime import build, catalog, config, manifest, sources, store
 from fmha_runtime.catalog import Tile
 from fmha_runtime.errors import ArtifactError
 
@@ -22,8 +22,7 @@ def package_without_cubins(request, tmp_path, monkeypatch):
     """The committed manifest as a fresh clone has it, whatever `make kernels` has put beside it here."""
     if request.cls is None:
         root = tmp_path / "package"
-        root.mkdir()
-        (root / "manifest.json").write_text((config.package_root() / "manifest.json").read_text())
+        shutil.copytree(config.package_root() / "manifest", root / "manifest")
         monkeypatch.setattr(config, "package_root", lambda: root)
 
 
@@ -40,6 +39,10 @@ def packaged(tmp_path, monkeypatch):
     build.build([OTHER, SMALL], into=root)
     monkeypatch.setenv("FMHA_CUBIN_DIR", str(root))
     return root
+
+
+def table(root):
+    return manifest.table(root, SMALL.op, SMALL.arch)
 
 
 def edit(path, **changes):
@@ -63,28 +66,28 @@ def test_a_row_survives_its_file(row):
 
 
 def test_one_row_a_line_sorted_by_name(packaged):
-    lines = (packaged / "manifest.json").read_text().splitlines()
+    lines = table(packaged).read_text().splitlines()
     names = [json.loads(line.rstrip(","))["name"] for line in lines[1:-1]]
     assert names == sorted([SMALL.name, OTHER.name])
     assert json.loads(lines[0] + "]}")["schema"] == manifest.SCHEMA
 
 
 def test_another_schema_is_refused_with_both_numbers(packaged):
-    edit(packaged / "manifest.json", schema=99)
-    with pytest.raises(ArtifactError, match=r"schema 99.*reads schema 1") as caught:
-        manifest.find(SMALL)
-    assert str(packaged / "manifest.json") in str(caught.value)
+    edit(table(packaged), schema=99)
+    with pytest.raises(ArtifactError, match=r"schema 99.*reads schema 2") as caught:
+        store.find(SMALL)
+    assert str(table(packaged)) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 1, "rows": 7}', "\xff", "[" * 100_000],
+    ["", "{", "[]", "null", '{"schema": 2}', '{"schema": 2, "rows": 7}', "\xff", "[" * 100_000],
     ids=range(8),
 )
 def test_text_that_is_no_manifest(packaged, text):
-    (packaged / "manifest.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ArtifactError, match=r"manifest\.json"):
-        manifest.find(SMALL)
+    table(packaged).write_text(text, encoding="latin-1")
+    with pytest.raises(ArtifactError, match=r"fwd_sm80\.json"):
+        store.find(SMALL)
 
 
 @pytest.mark.parametrize(
@@ -105,77 +108,94 @@ def test_text_that_is_no_manifest(packaged, text):
     ids=str,
 )
 def test_impossible_fields(packaged, change):
-    edit_row(packaged / "manifest.json", **change)
-    with pytest.raises(ArtifactError, match=r"manifest\.json is not usable"):
-        manifest.find(SMALL)
+    edit_row(table(packaged), **change)
+    with pytest.raises(ArtifactError, match=r"fwd_sm80\.json is not usable"):
+        store.find(SMALL)
 
 
 def test_a_missing_field_is_named(packaged):
-    data = json.loads((packaged / "manifest.json").read_text())
+    data = json.loads(table(packaged).read_text())
     del data["rows"][0]["sha256"]
-    (packaged / "manifest.json").write_text(json.dumps(data))
+    table(packaged).write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="sha256"):
-        manifest.find(SMALL)
+        store.find(SMALL)
+
+
+def test_a_row_of_another_table_is_refused(packaged):
+    edit_row(table(packaged), name=SMALL.name.replace("sm80", "sm89"))
+    (error,) = store.rows()[1]
+    assert "belongs to another table" in str(error)
+
+
+def test_the_one_table_of_an_earlier_version_is_named(packaged):
+    shutil.rmtree(packaged / "manifest")
+    (packaged / "manifest.json").write_text('{"schema": 1, "rows": []}')
+    with pytest.raises(ArtifactError, match=r"earlier version \(schema 1\).*fmha build --into"):
+        store.find(SMALL)
+    assert [str(error) for error in store.rows()[1]] != []
 
 
 def test_two_rows_of_one_kernel(packaged):
-    data = json.loads((packaged / "manifest.json").read_text())
+    data = json.loads(table(packaged).read_text())
     data["rows"].append(data["rows"][0])
-    (packaged / "manifest.json").write_text(json.dumps(data))
+    table(packaged).write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="two rows"):
-        manifest.find(SMALL)
+        store.find(SMALL)
 
 
 def test_nothing_built():
-    assert manifest.find(SMALL) is None
-    state = manifest.state(SMALL)
+    assert store.find(SMALL) is None
+    state = store.state(SMALL)
     assert state.word == "not built"
     assert f"fmha build {SMALL.name}" in state.reason
 
 
 def test_ready(row):
-    assert manifest.find(SMALL) == row
-    assert manifest.state(SMALL).word == "ready"
+    assert store.find(SMALL) == row
+    assert store.state(SMALL).word == "ready"
     assert manifest.load_image(row) == row.path.read_bytes()
 
 
 def test_states_agree_with_state(row, packaged):
     specs = catalog.enumerate_specs()
-    assert [s.word for s in manifest.states(specs)] == [manifest.state(s).word for s in specs]
-    assert sum(s.word == "ready" for s in manifest.states(specs)) == 2
+    inventory = store.Inventory.of(specs).states.values()
+    assert [s.word for s in inventory] == [store.state(s).word for s in specs]
+    assert sum(s.word == "ready" for s in inventory) == 2
 
 
 def test_another_tile_is_stale(row, monkeypatch):
     monkeypatch.setattr(catalog, "tile", lambda spec: Tile(64, 64, 4, 2, 1))
-    assert manifest.find(SMALL) is None
-    state = manifest.state(SMALL)
+    assert store.find(SMALL) is None
+    state = store.state(SMALL)
     assert state.word == "stale"
     assert str(row.tile) in state.reason and "64x64 w4 s2 c1" in state.reason
 
 
 def test_another_abi_is_stale(row, monkeypatch):
     monkeypatch.setattr(sources, "abi", lambda: row.abi + 1)
-    assert manifest.find(SMALL) is None
-    assert f"ABI {row.abi}, this runtime speaks {row.abi + 1}" in manifest.state(SMALL).reason
+    assert store.find(SMALL) is None
+    assert f"ABI {row.abi}, this runtime speaks {row.abi + 1}" in store.state(SMALL).reason
 
 
 def test_other_sources_are_stale(row, tmp_path, monkeypatch):
     header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "mask.cuh"
-    assert manifest.find(SMALL) == row
-    header.write_text(header.read_text() + "\n")
-    assert manifest.find(SMALL) is None
-    assert "built from sources" in manifest.state(SMALL).reason
+    assert store.find(SMALL) == row
+    header.write_text("// A comment changes no byte of a cubin.\n" + header.read_text())
+    assert store.find(SMALL) == row
+    header.write_text(header.read_text() + "int more;\n")
+    assert store.find(SMALL) is None
+    assert "built from code" in store.state(SMALL).reason
 
 
 def test_other_flags_are_stale(row, monkeypatch):
     monkeypatch.setattr(sources, "flags", lambda arch: ("-O1",))
-    assert "flags" in manifest.state(SMALL).reason
+    assert "flags" in store.state(SMALL).reason
 
 
 def test_a_truncated_cubin_is_broken_before_it_is_loaded(row):
     row.path.write_bytes(row.path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=rf"has {row.size - 1} bytes, its row says {row.size}"):
-        manifest.find(SMALL)
+        store.find(SMALL)
 
 
 def test_a_changed_byte_is_refused_at_load(row):
@@ -183,15 +203,15 @@ def test_a_changed_byte_is_refused_at_load(row):
     image[5] ^= 1
     row.path.write_bytes(image)
     with pytest.raises(ArtifactError, match="is not the cubin that was built") as caught:
-        manifest.load_image(manifest.find(SMALL))
+        manifest.load_image(store.find(SMALL))
     assert caught.value.path == row.path
     assert caught.value.expected == row.sha256
     assert caught.value.expected in str(caught.value) and caught.value.found in str(caught.value)
-    assert f"fmha build {SMALL.name}" in str(caught.value)
+    assert f"fmha build --force {SMALL.name}" in str(caught.value)
 
 
 def test_a_cubin_that_vanishes_after_the_search(row):
-    found = manifest.find(SMALL)
+    found = store.find(SMALL)
     found.path.unlink()
     with pytest.raises(ArtifactError, match="cannot read"):
         manifest.load_image(found)
@@ -199,72 +219,77 @@ def test_a_cubin_that_vanishes_after_the_search(row):
 
 def test_a_damaged_entry_does_not_hide_a_good_one(row, packaged):
     (row.path.parent / "row.json").write_text("{")
-    assert manifest.find(SMALL).root == "FMHA_CUBIN_DIR"
-    assert [str(error) for error in manifest.rows()[1]] != []
+    assert store.find(SMALL).root == "FMHA_CUBIN_DIR"
+    assert [str(error) for error in store.rows()[1]] != []
 
 
 def test_a_damaged_entry_is_reported_when_nothing_else_serves(row):
     (row.path.parent / "row.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"row\.json"):
-        manifest.find(SMALL)
-    assert manifest.state(OTHER).word == "not built", "other kernels do not suffer"
-    assert manifest.states([SMALL, OTHER])[1].word == "not built"
+        store.find(SMALL)
+    assert store.state(OTHER).word == "not built", "other kernels do not suffer"
+    assert store.Inventory.of([SMALL, OTHER]).states[OTHER].word == "not built"
 
 
 def test_an_entry_of_another_kernel_is_refused(row):
     other = row.path.parent.with_name(row.path.parent.name.replace(SMALL.name, OTHER.name))
     shutil.copytree(row.path.parent, other)
     with pytest.raises(ArtifactError, match=f"describes {SMALL.name}"):
-        manifest.find(OTHER)
+        store.find(OTHER)
 
 
 def test_roots_are_searched_in_order(row, packaged, monkeypatch):
-    assert manifest.find(SMALL).root == "FMHA_CUBIN_DIR"
-    assert manifest.find(SMALL).path == packaged / "sm80" / f"{SMALL.name}.cubin"
+    assert store.find(SMALL).root == "FMHA_CUBIN_DIR"
+    assert store.find(SMALL).path == packaged / "sm80" / f"{SMALL.name}.cubin"
     monkeypatch.delenv("FMHA_CUBIN_DIR")
-    assert manifest.find(SMALL).root == "cache"
+    assert store.find(SMALL).root == "cache"
 
 
 def test_a_cache_may_serve_as_the_extra_root(row, monkeypatch, tmp_path):
     monkeypatch.setenv("FMHA_CUBIN_DIR", str(config.cache_dir()))
     monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path / "empty"))
-    assert manifest.find(SMALL).root == "FMHA_CUBIN_DIR"
+    assert store.find(SMALL).root == "FMHA_CUBIN_DIR"
 
 
 def test_an_extra_root_that_does_not_exist_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("FMHA_CUBIN_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(ArtifactError, match=r"FMHA_CUBIN_DIR=.*nowhere is not a folder"):
-        manifest.find(SMALL)
+        store.find(SMALL)
 
 
 def test_a_manifest_without_its_cubin_locks_and_does_not_serve(packaged, monkeypatch):
     monkeypatch.delenv("FMHA_CUBIN_DIR")
     monkeypatch.setattr(config, "package_root", lambda: packaged)
     (packaged / "sm80" / f"{SMALL.name}.cubin").unlink()
-    assert manifest.find(SMALL) is None
-    assert manifest.state(SMALL).word == "not built"
-    assert manifest.locked(SMALL).spec == SMALL
+    assert store.find(SMALL) is None
+    assert store.state(SMALL).word == "not built"
+    assert store.locked(SMALL).spec == SMALL
 
 
 def test_the_newest_compiler_wins(fake_nvcc):
     for version in ("13.0.99", "13.10.1", "13.2.5"):
         fake_nvcc.write(version=version)
         build.build([SMALL])
-    assert len([row for row in manifest.rows()[0] if row.spec == SMALL and row.path]) == 3
-    assert manifest.find(SMALL).nvcc == "13.10.1"
+    assert len([row for row in store.rows()[0] if row.spec == SMALL and row.path]) == 3
+    assert store.find(SMALL).nvcc == "13.10.1"
 
 
 class TestCommitted:
-    """cubins/manifest.json as it is in the repository."""
+    """cubins/manifest as it is in the repository."""
 
-    rows = manifest.read_manifest(config.package_root())
+    rows, broken = manifest.read(config.package_root())
 
     def test_is_written_as_the_builder_writes_it(self):
-        text = (config.package_root() / "manifest.json").read_text()
-        assert text == manifest.manifest_text(self.rows)
+        assert self.broken == []
+        for path, text in manifest.write(config.package_root(), self.rows).items():
+            assert path.read_text() == text, path
+
+    def test_one_row_is_read_as_in_the_whole_table(self):
+        for row in self.rows[::50]:
+            assert manifest.read_row(config.package_root(), row.spec) == row
 
     def test_every_row_is_current(self):
-        assert {row.spec.name: manifest.why_stale(row) for row in self.rows} == {row.spec.name: "" for row in self.rows}
+        assert {row.spec.name: store.why_stale(row) for row in self.rows} == {row.spec.name: "" for row in self.rows}
 
     def test_covers_the_catalogue(self):
         if not self.rows:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import catalog, config, driver, emulator, mask_packer, packed_mask, sources, verify, verify_pack
+from fmha_runtime import catalog, config, driver, mask_packer, obtain, packed_mask, sources, verify, verify_pack
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import EmulatorFault, InputError, UnsupportedProblem
 from fmha_runtime.spec import Arch, KernelSpec
@@ -24,7 +24,7 @@ SPEC = catalog.pack_spec(Arch.SM90)
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return emulator.load(SPEC)
+    return obtain.kernel(SPEC, device="emulator")
 
 
 def same(a: fmha.PackedMask, b: fmha.PackedMask) -> bool:
@@ -43,7 +43,7 @@ def random_mask(*shape: int, seed: int = 0, share: float = 0.5) -> Any:
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_every_stride_and_offset(batch, heads, rows, cols, offset, pad, seed, share, transposed):
     """The emulator knows no byte outside the view: a load beside it is a fault, not luck."""
-    kernel = emulator.load(SPEC)
+    kernel = obtain.kernel(SPEC, device="emulator")
     mask = random_mask(batch, heads, rows, cols, seed=seed, share=share)
     if transposed:
         mask = mask.transpose(2, 3).contiguous().transpose(2, 3)
@@ -60,7 +60,7 @@ def test_every_stride_and_offset(batch, heads, rows, cols, offset, pad, seed, sh
 )  # fmt: skip
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_varlen(lens, heads, more, cols, seed):
-    kernel = emulator.load(SPEC)
+    kernel = obtain.kernel(SPEC, device="emulator")
     cu = torch.tensor([0, *lens]).cumsum(0).int()
     mask = random_mask(heads, sum(lens) + more, cols, seed=seed)
     got = mask_packer.run(kernel, mask, cu)
@@ -96,7 +96,7 @@ def test_numpy_and_torch_pack_alike():
 
 
 def test_order_of_threads_does_not_matter():
-    kernel, mask = emulator.load(SPEC), random_mask(1, 1, 130, 300)
+    kernel, mask = obtain.kernel(SPEC, device="emulator"), random_mask(1, 1, 130, 300)
     for kernel.order in Order:
         assert same(mask_packer.run(kernel, mask), packed_mask.pack(mask))
 
@@ -146,7 +146,7 @@ def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     text, count = re.subn(pattern, replacement, file.read_text())
     assert count == 1, f"{pattern!r} matches {count} times, not once: the mutant must follow the kernel"
     file.write_text(text)
-    kernel = emulator.load_source(sources.render(SPEC, catalog.tile(SPEC)), SPEC.name, [tmp_path / "fmha"])
+    kernel = obtain.from_source(sources.render(SPEC, catalog.tile(SPEC)), SPEC.name, [tmp_path / "fmha"])
     said = []
     for lens in (None, torch.tensor([0, 3, 70, 99], dtype=torch.int32)):
         # Rows begin anywhere, the first one too, and the last byte of the last row is the end.

@@ -13,7 +13,7 @@ from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_ever
 from test_kvcache import LAYOUTS, paged, queries
 
 import fmha_runtime as fmha
-from fmha_runtime import emulator, launch, reference
+from fmha_runtime import emulator, launch, obtain, reference
 from fmha_runtime.call import PAGE_SIZES
 from fmha_runtime.catalog import Tile
 from fmha_runtime.emulator import Order
@@ -66,7 +66,7 @@ def test_tiles_that_begin_inside_a_page(keys, page):
     k, v, table, lengths = paged((270, 33), page, 1, 80)
     q = queries(2, 70, 2, 80)
     options = {"seqused_k": lengths, "page_table": table}
-    out = launch.run(emulator.load(SPEC, tile), SPEC, q, k, v, tile=tile, **options)
+    out = launch.run(obtain.kernel(SPEC, device="emulator", tile=tile), SPEC, q, k, v, tile=tile, **options)
     ref, _ = reference.attention(q, k, v, **options)
     assert (out.double() - ref).norm() <= LIMIT[q.dtype] * ref.norm()
 

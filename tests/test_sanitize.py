@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fmha_runtime import catalog, driver, emulator, launch, sources, verify_pack
+from fmha_runtime import catalog, driver, launch, obtain, sources, verify_pack
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.spec import KernelSpec, Op
 from fmha_runtime.verify_cases import cases
@@ -63,7 +63,7 @@ def test_planted_faults_are_faults(tool: Any, name: str, tmp_path: Path) -> None
     """A pattern that the kernel has left behind fails here, before the GPU sees it."""
     tool.mutate(name, tmp_path)
     spec = KernelSpec.parse(tool.MUTANT_SPEC)
-    kernel = emulator.load_source(sources.render(spec, catalog.tile(spec)), spec.name, [tmp_path / "fmha"])
+    kernel = obtain.from_source(sources.render(spec, catalog.tile(spec)), spec.name, [tmp_path / "fmha"])
     q, k = (torch.randn(1, rows, 1, spec.head_dim).bfloat16() for rows in (113, 203))
     with pytest.raises(EmulatorFault):
         launch.run(kernel, spec, q, k, k, return_lse=True)

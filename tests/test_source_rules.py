@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import re
 
-import artefacts
 import pytest
 
 from fmha_runtime import catalog, config, sources
-from fmha_runtime.errors import ArtifactError
 from fmha_runtime.spec import KernelSpec
 
 ROOT = config.kernel_src() / "fmha"
@@ -54,46 +52,8 @@ def test_static_assertions_are_sentences(path):
 
 def test_every_header_is_reached_by_a_kernel():
     """Wrappers of instructions may be there before the kernel that needs them."""
-    reached = {path for spec in catalog.enumerate_specs() for path in sources.include_closure(sources.header(spec))}
+    reached = {path for spec in catalog.enumerate_specs() for path in sources.files(spec)}
     assert reached >= {path.resolve() for path in HEADERS if path.parent == ROOT}
-
-
-def test_the_hash_covers_each_file_of_the_closure(tmp_path, monkeypatch):
-    copy = artefacts.editable_sources(tmp_path, monkeypatch)
-    first = sources.source_hash(SPEC)
-    for path in sources.include_closure(sources.header(SPEC)):
-        text = path.read_text()
-        path.write_text(text + "\n")
-        assert sources.source_hash(SPEC) != first, path.name
-        path.write_text(text)
-    assert sources.source_hash(SPEC) == first
-    (copy / "fmha" / "unrelated.cuh").write_text("// not included by anything\n")
-    assert sources.source_hash(SPEC) == first
-
-
-def test_moving_text_between_files_changes_the_hash(tmp_path, monkeypatch):
-    root = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha"
-    first = sources.source_hash(SPEC)
-    (root / "mask.cuh").rename(root / "masks.cuh")
-    for path in root.glob("*.cuh"):
-        path.write_text(path.read_text().replace('"mask.cuh"', '"masks.cuh"'))
-    assert sources.source_hash(SPEC) != first
-
-
-@pytest.mark.parametrize("line", ["#include <cuda_fp16.h>", "#include HEADER", "#  include <vector>  // why not"])
-def test_an_include_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, line):
-    root = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha"
-    with (root / "mask.cuh").open("a") as file:
-        file.write(f"{line}\n")
-    with pytest.raises(ArtifactError, match=r"mask\.cuh includes .* cannot follow"):
-        sources.source_hash(SPEC)
-
-
-def test_a_missing_header_is_named(tmp_path, monkeypatch):
-    root = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha"
-    (root / "mask.cuh").unlink()
-    with pytest.raises(ArtifactError, match=r"mask\.cuh is missing"):
-        sources.source_hash(SPEC)
 
 
 def test_the_translation_unit_names_the_kernel_once():

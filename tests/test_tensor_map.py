@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fmha_runtime import build, config, params, tensor_map
+from fmha_runtime import config, nvcc, params, tensor_map
 from fmha_runtime.errors import DriverError, InputError
 from fmha_runtime.spec import DType
 from fmha_runtime.tensor_map import Swizzle, TensorMapLayout
@@ -167,7 +167,7 @@ def test_the_parameter_block_of_tma_kernels_is_one_struct_in_python_and_cpp(
         f'{prints} printf("%zu %zu", sizeof(fmha::FwdTmaParams), alignof(fmha::FwdTmaParams)); }}'
     )
     include = f"-I{config.kernel_src() / 'fmha'}"
-    command = [str(build.find_host_cxx()), "-std=c++17", "-Wno-invalid-offsetof", include]
+    command = [str(nvcc.find_host_cxx()), "-std=c++17", "-Wno-invalid-offsetof", include]
     subprocess.run([*command, "abi.cpp", "-o", "abi"], cwd=tmp_path, check=True)
     found = subprocess.run([tmp_path / "abi"], capture_output=True, text=True, check=True)
     want = [getattr(block, name).offset for name in fields]

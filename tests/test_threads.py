@@ -13,7 +13,7 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import dispatch, eager, emulator  # noqa: E402
+from fmha_runtime import dispatch, eager, obtain  # noqa: E402, obtain
 from fmha_runtime.spec import KernelSpec  # noqa: E402
 
 ROOT = Path(fmha.__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
 
 def test_two_threads_compile_one_kernel(own_cache):
     spec = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
-    kernels = at_once(lambda _: emulator.load(spec), 2)
+    kernels = at_once(lambda _: obtain.kernel(spec, device="emulator"), 2)
     assert [kernel.name for kernel in kernels] == [spec.name] * 2
     files = [path.name for path in (own_cache / "emulator").iterdir()]
     assert len(files) == 2, files  # the runtime and the kernel; no scratch folder is left

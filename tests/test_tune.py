@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import catalog, cli, dispatch, driver, manifest, tune, tune_worker
+from fmha_runtime import catalog, cli, dispatch, driver, store, tune, tune_worker
 from fmha_runtime.catalog import Tile
 from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
@@ -69,7 +69,7 @@ def test_a_short_row_is_timed_where_it_is_used() -> None:
 def test_a_short_rows_variants_are_built_where_dispatch_looks_for_them(own_cache, fake_nvcc) -> None:
     spec, tile = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_short"), Tile.parse("128x64 w12 s3 c1")
     assert tune.build_all([(spec, tile)])[spec, tile].state == "ok"
-    row = manifest.find_tile(dispatch.choose(Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_k=9), str(tile)).spec, tile)
+    row = store.find_tile(dispatch.choose(Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_k=9), str(tile)).spec, tile)
     assert row is not None and row.tile == tile
 
 

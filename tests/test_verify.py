@@ -6,14 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fmha_runtime import launch, loader, reference, verify, verify_cases, verify_check
+from fmha_runtime import catalog, launch, obtain, reference, sources, verify, verify_cases, verify_check
 from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime.loader import Image
+from fmha_runtime.spec import DType, KernelSpec, Score
 from fmha_runtime.verify_cases import cases
 from fmha_runtime.verify_check import CaseResult
 
@@ -257,7 +259,7 @@ def test_an_lse_that_is_not_the_one_passed_is_caught() -> None:
 
 
 def test_a_tensor_for_the_lse_is_checked() -> None:
-    kernel = loader.load(SPEC, device="emulator")
+    kernel = obtain.kernel(SPEC, device="emulator")
     q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
     room = torch.full((200,), 7.0)
     _, lse = launch.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
@@ -358,18 +360,47 @@ def test_cases_too_large_for_the_emulator_are_skipped_and_said() -> None:
 
 def test_only_a_complete_passing_report_is_recorded() -> None:
     results = tuple(CaseResult(c, "ok", max_error=1.0, allowed=2.0, rel_l2=2e-3) for c in cases(SPEC))
-    complete = verify.Report(SPEC, "emulator", "cubin", True, results)
+    ran = Image(SPEC, catalog.tile(SPEC), "emulator", Path("a.so"), "e" * 64)
+    complete = verify.Report(SPEC, "emulator", "cubin", True, results, ran)
     record = verify.to_record(complete)
     assert (record.name, record.how, record.cases) == (SPEC.name, "emulator", len(results))
-    assert (record.worst_ratio, record.worst_rel_l2, record.sha256) == (0.5, 2e-3, None)
+    assert (record.worst_ratio, record.worst_rel_l2) == (0.5, 2e-3)
+    assert (record.evidence, record.suite) == (ran.evidence, verify.suite(SPEC))
+    assert record.code == sources.code(SPEC, catalog.tile(SPEC))
     failed = replace(results[0], word="FAIL")
     for broken in (
         replace(complete, complete=False),
         replace(complete, results=(failed, *results[1:])),
         replace(complete, results=()),
+        replace(complete, image=None),  # whatever that runner ran
     ):
         with pytest.raises(InputError, match="cannot be recorded"):
             verify.to_record(broken)
+
+
+def test_the_suite_is_the_cases_and_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    present, other = verify.suite(SPEC), KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
+    assert present == verify.suite(other)
+    assert present != verify.suite(replace(SPEC, score=Score.SOFTCAP))
+    assert present != verify.suite(KernelSpec.parse(SPEC.name.replace("bf16", "fp16")))
+    for module, name, value in (
+        (verify_check, "LSE_LIMIT", 1e-2),
+        (verify_check, "ERROR_FACTOR", 3),
+        (verify_check, "EDITION", verify_check.EDITION + 1),
+        (verify_check, "REL_L2_LIMIT", dict.fromkeys(DType, 1e-2)),
+        (verify, "cases", lambda spec: verify_cases.cases(spec)[:-1]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert verify.suite(SPEC) != present, name
+    assert verify.suite(SPEC) == present
+
+
+def test_what_ran_is_what_is_recorded() -> None:
+    small = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
+    found = verify.verify_kernel(small, device="emulator", case=0)
+    assert found.image is not None and found.image.how == "emulator"
+    assert found.image.evidence == sources.emulated_code(small, catalog.tile(small))
 
 
 def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:

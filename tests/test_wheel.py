@@ -66,7 +66,9 @@ def test_content(wheel):
     modules = [p.relative_to(ROOT) for p in (ROOT / "fmha_runtime").rglob("*.py")]
     wanted = {str(path) for path in modules}
     wanted |= {f"fmha_runtime/_data/{path}" for path in sources if "__pycache__" not in path.parts}
-    wanted |= {f"fmha_runtime/_data/cubins/{name}.json" for name in ("manifest", "verified")}
+    tables = [p.relative_to(ROOT) for p in (ROOT / "cubins").rglob("*.json")]
+    assert len(tables) > 20
+    wanted |= {f"fmha_runtime/_data/{path}" for path in tables}
     assert wanted <= names
     strangers = {name for name in names - wanted if ".dist-info/" not in name}
     assert not strangers
@@ -76,10 +78,10 @@ def test_content(wheel):
 def test_the_library_runs_from_the_wheel(installed, tmp_path):
     code = """
 import fmha_runtime
-from fmha_runtime import catalog, config, manifest, sources
+from fmha_runtime import catalog, config, store
 print(fmha_runtime.__file__, config.kernel_src(), config.package_root(), sep="\\n")
-states = manifest.states(catalog.enumerate_specs())
-assert len(states) >= 130 and {s.word for s in states} == {"not built"}, states
+states = store.Inventory.of(catalog.enumerate_specs()).states
+assert len(states) > 1000 and {(s.word, s.row is not None) for s in states.values()} == {("not built", True)}, states
 """
     done = run(installed, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
@@ -90,7 +92,8 @@ def test_list_works_from_the_wheel(installed, tmp_path):
     done = run(installed, tmp_path, "-m", "fmha_runtime", "list", "--json")
     assert done.returncode == 0, done.stderr
     listing = json.loads(done.stdout)
-    assert len(listing["items"]) >= 130
+    assert len(listing["items"]) > 1000
+    assert sum(item["verified"]["state"] == "verified" for item in listing["items"]) > 1000
     assert not (tmp_path / "cache").exists()
 
 

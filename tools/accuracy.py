@@ -20,7 +20,6 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import driver, ledger, reference  # noqa: E402
+from fmha_runtime import driver, records, reference  # noqa: E402
 
 SCHEMA = 1
 OURS = "ours"
@@ -188,8 +187,8 @@ def meta(device: str, seqlen: int) -> dict[str, Any]:
         info = driver.device_info(torch.cuda.current_device())
         name = info.name
     return {
-        **{"gpu": name, "torch": torch.__version__, "commit": ledger.commit(), "seqlen": seqlen},
-        **{"cudnn": torch.backends.cudnn.version(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")},
+        **{"gpu": name, "torch": torch.__version__, "commit": records.commit(), "seqlen": seqlen},
+        **{"cudnn": torch.backends.cudnn.version(), "date": records.now()},
     }
 
 

@@ -6,7 +6,7 @@
     python tools/gen_tables.py --check    change nothing, exit 1 when a part is out of date
 
 A part lies between ``<!-- generated:NAME -->`` and ``<!-- /generated:NAME -->``. Its sources are
-the catalogue, the ledger cubins/verified.json, the records docs/bench/*.json and docs/accuracy/*.json, and the tuning
+the catalogue, the ledger cubins/verified/, the records docs/bench/*.json and docs/accuracy/*.json, and the tuning
 records docs/notes/tune_*.json.
 """
 
@@ -24,10 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from fmha_runtime import bench_cells, catalog, ledger, sources  # noqa: E402
+from fmha_runtime import bench_cells, catalog, ledger, sources, store  # noqa: E402
 from fmha_runtime.bench import BAND  # noqa: E402
 from fmha_runtime.bench_peers import SDPA  # noqa: E402
 from fmha_runtime.bench_record import OURS, BenchRecord  # noqa: E402
+from fmha_runtime.catalog import Tile  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
 from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord  # noqa: E402
@@ -35,7 +36,7 @@ from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord  # noqa: E402
 
 def support(root: Path) -> str:
     """Head dim and features x arch: how each kernel was proven, dtypes together where they agree."""
-    records = ledger.load(root / "cubins" / "verified.json")
+    records = ledger.Ledger.load(root / "cubins" / ledger.FOLDER)
     rows = [["head dim", "features", *(arch.value for arch in Arch)]]
     everything = [s for s in catalog.enumerate_specs() if s.op is Op.FWD]
     sets = dict.fromkeys(sorted((features(s) for s in everything), key=lambda x: ("short" in x, len(x), x)))
@@ -54,8 +55,9 @@ def support(root: Path) -> str:
     legend = (
         "Every attention kernel exists in fp16 and bf16. **cubin**: this cubin passed `fmha verify` on a "
         "GPU; **ptx**: its PTX did, through the driver's JIT on a newer GPU; **emulator**: its "
-        "source did, on the CPU emulator only; **stale**: the source or tile changed since a GPU "
-        "ran it; **unverified**: no record."
+        "source did, on the CPU emulator only; **same code**: the sm89 kernel of equal tile and code passed on a GPU; "
+        "**other bytes**: another build of its code passed; **stale**: the code or tile changed since a GPU ran it; "
+        "**unverified**: no record."
     )
     short = sum(spec.short for spec in everything)
     legend += (
@@ -65,7 +67,7 @@ def support(root: Path) -> str:
     return f"{_markdown(rows)}\n\n{legend}{where}"
 
 
-def _cell(specs: Sequence[KernelSpec], records: Sequence[ledger.Record]) -> str:
+def _cell(specs: Sequence[KernelSpec], records: ledger.Ledger) -> str:
     """How the kernels of one place of the table were proven, once where the dtypes agree."""
     words = {spec.dtype.value: proof(spec, records) for spec in specs}
     if len(set(words.values())) == 1:
@@ -79,12 +81,12 @@ def features(spec: KernelSpec) -> tuple[str, ...]:
     return tuple(spec.name.removeprefix(plain.name).split("_")[1:])
 
 
-def proof(spec: KernelSpec, records: Sequence[ledger.Record]) -> str:
+def proof(spec: KernelSpec, records: ledger.Ledger) -> str:
     """The word of the support table for one kernel."""
-    status = ledger.status(spec, records)
+    status = records.status(spec, store.locked(spec))
     if status.word == "verified" and status.record is not None:
         return status.record.how
-    return "emulator" if status.emulated else status.word
+    return "emulator" if status.emulated and status.word not in ("same code", "other bytes") else status.word
 
 
 def speed(root: Path) -> str:
@@ -260,7 +262,7 @@ def tiles(root: Path) -> str:
             right = sum(tuned.score(o) is not None for o in tuned.outcomes)
             row = [f"`{tuned.kernel}`", best, _score(tuned, chosen), tuned.catalogue, _score(tuned, own)]
             row += [now if now == best else f"**{now}**", f"{right} of {len(tuned.outcomes)} right and timed"]
-            current = catalog.exists(spec) and sources.source_hash(spec) == tuned.source_hash
+            current = catalog.exists(spec) and sources.code(spec, Tile.parse(tuned.catalogue)) == tuned.code
             rows.append([*row, "present" if current else "older"])
         where = f"{record.meta['gpu']}, {record.meta['date'][:10]}"
         parts.append(

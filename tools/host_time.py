@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ def main() -> int:
     for name, reason in absent.items():
         print(f"{name:24} absent: {reason}")
     if given.out:
-        from fmha_runtime import ledger
+        from fmha_runtime import records
 
         meta = {
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": sys.version.split()[0],
-            "shape": SHAPE, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": ledger.commit(),
+            "shape": SHAPE, "date": records.now(), "commit": records.commit(),
         }  # fmt: skip
         given.out.write_text(json.dumps({"meta": meta, "host_us": rows, "absent": absent}, indent=1) + "\n")
     missed = [name for name, goal in GOALS.items() if name in rows and rows[name]["median_us"] > goal]

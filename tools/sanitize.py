@@ -30,7 +30,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import catalog, config, driver, launch, loader, mask_packer, verify  # noqa: E402
+from fmha_runtime import catalog, config, driver, launch, mask_packer, obtain, verify  # noqa: E402
 from fmha_runtime.errors import FmhaError  # noqa: E402
 from fmha_runtime.spec import KernelSpec, Op  # noqa: E402
 
@@ -113,7 +113,7 @@ def run(program: str, tool: str, words: Sequence[str], seconds: float) -> tuple[
 
 def work(spec: KernelSpec, tool: str, mutant: bool, quick: bool) -> int:
     """Launches a kernel on its cases, or a faulty copy of it once; returns the exit code."""
-    runner = Counting(load_mutant(tool) if mutant else loader.load(spec, device="cuda:0"), spec)
+    runner = Counting(load_mutant(tool) if mutant else obtain.kernel(spec, device="cuda:0"), spec)
     wrong = False
     if mutant:
         import torch
@@ -167,7 +167,7 @@ def load_mutant(tool: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         mutate(tool, Path(folder))
         config.kernel_src = lambda: Path(folder)  # type: ignore[assignment]
-        return loader.load(spec, device="cuda:0", via="ptx", tile=catalog.tile(spec))
+        return obtain.kernel(spec, device="cuda:0", via="ptx", tile=catalog.tile(spec))
 
 
 # --- the command

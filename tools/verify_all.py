@@ -16,7 +16,7 @@ from multiprocessing import get_context
 
 import click
 
-from fmha_runtime import catalog, ledger, sources, verify
+from fmha_runtime import catalog, ledger, sources, store, verify
 from fmha_runtime.errors import FmhaError
 from fmha_runtime.spec import Arch, KernelSpec
 
@@ -48,14 +48,17 @@ def parse(words: Iterable[str]) -> list[tuple[KernelSpec, str]]:
     return found
 
 
-def recorded(spec: KernelSpec, way: str, known: Iterable[ledger.Record]) -> bool:
-    """Whether the ledger has this kernel, with the source and the tile it has now, verified this way."""
-    return any(
-        r.name == spec.name
-        and r.how == way
-        and (r.source_hash, r.tile) == (sources.source_hash(spec), str(catalog.tile(spec)))
-        for r in known
-    )
+def recorded(spec: KernelSpec, way: str, known: ledger.Ledger) -> bool:
+    """Whether the ledger has the very bytes that the manifest locks, verified this way on the present suite."""
+    tile = catalog.tile(spec)
+    if way == "emulator":
+        evidence: str | None = sources.emulated_code(spec, tile)
+    else:
+        row = store.locked(spec)
+        current = row is not None and row.code == sources.code(spec, tile)
+        evidence = (row.sha256 if way == "cubin" else row.ptx_sha256) if row is not None and current else None
+    wanted = (way, evidence, verify.suite(spec))
+    return any((r.how, r.evidence, r.suite) == wanted for r in known.records.get(spec.name, ()))
 
 
 @click.command(help=__doc__)
@@ -66,7 +69,7 @@ def recorded(spec: KernelSpec, way: str, known: Iterable[ledger.Record]) -> bool
 def main(archs: tuple[str, ...], jobs: int, missing: bool, seconds: float) -> None:
     wanted, start = parse(archs), time.monotonic()
     if missing:
-        known = ledger.load()
+        known = ledger.Ledger.load()
         wanted = [pair for pair in wanted if not recorded(*pair, known)]
     verified = failed = 0
     records: list[ledger.Record] = []

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a spec to a kernel: finds its image, builds one where the caller's rules allow it, and has it loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import build, catalog, config, emulator, gxx, loader, manifest, ptx, sources, store
+from .catalog import Tile
+from .errors import BuildError, InputError, KernelNotBuilt
+from .loader import Image, Kernel
+from .manifest import KernelRow
+from .nvcc import try_nvcc
+from .spec import KernelSpec
+
+
+def kernel(
+    spec: KernelSpec, *, device: str = "cuda:0", via: str = "cubin", tile: Tile | None = None, stream: int = 0
+) -> Kernel:
+    """A kernel ready to launch: ``image``, loaded.
+
+    Args:
+        device: "cuda:N", or "emulator".
+        stream: the stream of the coming launch (see driver.load).
+
+    Raises:
+        KernelNotBuilt, ArtifactError, DriverError, BuildError, ToolchainError: see ``image`` and loader.load.
+    """
+    emulated = loader.emulated_arch(device) is not None
+    index = 0 if emulated else int(device.partition(":")[2] or 0)
+    return loader.load(image(spec, via="emulator" if emulated else via, tile=tile), index, stream)
+
+
+def from_source(text: str, name: str, include_dirs: Sequence[Path] | None = None) -> emulator.Kernel:
+    """The emulated kernel of any translation unit that defines ``FMHA_KERNEL(name, ...)``: see gxx.library_of."""
+    return emulator.Kernel(name, gxx.library_of(text, name, include_dirs))
+
+
+def image(spec: KernelSpec, *, via: str = "cubin", tile: Tile | None = None) -> Image:
+    """What can be loaded of a kernel.
+
+    Args:
+        spec: which kernel.
+        via: "cubin"; "ptx", to have the driver's JIT finish it (runs an older arch's kernel on a newer GPU, for
+            verification); "emulator". The last two are compiled where the cache has none.
+        tile: forced, for experiments; a cubin of it is built when there is none.
+
+    Raises:
+        KernelNotBuilt: no current cubin; FMHA_BUILD_ON_DEMAND=1 builds it instead.
+        ArtifactError: the cubin is damaged.
+        BuildError, ToolchainError: it had to be compiled and could not be.
+    """
+    cut = tile or catalog.tile(spec)
+    if via == "emulator":
+        return Image(spec, cut, via, gxx.library(spec, cut), sources.emulated_code(spec, cut))
+    if via == "ptx":
+        text = ptx.compile_ptx(spec, cut)
+        compiler, _ = try_nvcc()
+        return Image(spec, cut, via, text, hashlib.sha256(text).hexdigest(), compiler.version if compiler else None)
+    if via == "cubin":
+        row = _built(spec) if tile is None else _built_with(spec, tile)
+        return Image(spec, cut, via, manifest.load_image(row), row.sha256, row.nvcc)
+    raise InputError(f"via is {via!r}; 'cubin', 'ptx' or 'emulator' is needed")
+
+
+def _built(spec: KernelSpec) -> KernelRow:
+    row = store.find(spec)
+    if row is not None:
+        return row
+    command = f"fmha build {spec.name}"
+    if config.build_on_demand():
+        (result,) = build.build([spec])
+        if result.error is not None:
+            raise result.error
+        row = store.find(spec)
+        if row is not None:
+            return row
+    state = store.state(spec)
+    raise KernelNotBuilt(
+        f"{spec.name} is {state.word}: {state.reason}, or set FMHA_BUILD_ON_DEMAND=1, which builds missing kernels at "
+        "their first use",
+        name=spec.name,
+        command=command,
+    )
+
+
+def _built_with(spec: KernelSpec, tile: Tile) -> KernelRow:
+    """A cubin of a forced tile. Asking for one is asking for its build, spills and all."""
+    row = store.find_tile(spec, tile)
+    if row is None:
+        (result,) = build.build([spec], tile=tile, spills=True)
+        if result.error is not None:
+            raise BuildError(f"tile {tile} cannot be built: {result.error}", command=result.command, log=result.log)
+        row = result.row
+    assert row is not None
+    return row

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PTX of a kernel, compiled once and kept in the cache."""
+
+from __future__ import annotations
+
+import shutil
+
+from . import catalog, config, publish, sources
+from .build import digest, ptx_text
+from .catalog import Tile
+from .nvcc import command_line, failure, find_host_cxx, find_nvcc, run
+from .spec import KernelSpec
+
+
+def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:
+    """The kernel's PTX text for the base virtual architecture (compute_80 for sm80), without a NUL.
+
+    A copy is kept in the cache, so that a machine without nvcc can use what another one compiled.
+
+    Raises:
+        ToolchainError: it is not in the cache and there is no nvcc.
+        BuildError: nvcc refused.
+    """
+    tile = tile or catalog.tile(spec)
+    flags = sources.ptx_flags(spec.arch)
+    path = config.cache_dir() / "ptx" / f"{spec.name}-{digest(spec, tile, flags)[:12]}.ptx"
+    if path.is_file():
+        return path.read_bytes()
+    compiler, cxx = find_nvcc(), find_host_cxx()
+    folder = publish.scratch(config.cache_dir())
+    try:
+        (folder / f"{spec.name}.cu").write_text(sources.render(spec, tile))
+        command = command_line(compiler, cxx, (*flags, "-ptx"), spec, "ptx")
+        done = run(command, folder)
+        if done.returncode:
+            raise failure(spec, "nvcc -ptx failed", command, done.stdout)
+        text = ptx_text(folder / f"{spec.name}.ptx")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    publish.replace_file(path, text)
+    return text

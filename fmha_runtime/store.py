@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search for a kernel's cubin: FMHA_CUBIN_DIR, the cache, the package; and whether it may still be used.
+
+Nothing here runs a compiler or opens a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import catalog, config, manifest, sources
+from .catalog import Tile
+from .errors import ArtifactError
+from .manifest import KernelRow
+from .spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class State:
+    """What a kernel's cubin is: ``ready``, ``stale``, ``not built`` or ``broken``, why, and the row if there is one."""
+
+    word: str
+    reason: str
+    row: KernelRow | None = None
+
+
+def roots() -> tuple[tuple[str, Path], ...]:
+    """The (label, folder) pairs that are searched, in order."""
+    extra = config.cubin_dir()
+    first = (("FMHA_CUBIN_DIR", extra),) if extra else ()
+    return (*first, ("cache", config.cache_dir()), ("package", config.package_root()))
+
+
+def rows() -> tuple[list[KernelRow], list[ArtifactError]]:
+    """Every row of every root in search order, whatever its state, and what was unreadable."""
+    found: list[KernelRow] = []
+    broken: list[ArtifactError] = []
+    for label, root in roots():
+        _collect(_scan(label, root), found, broken)
+    return found, broken
+
+
+def find_tile(spec: KernelSpec, tile: Tile) -> KernelRow | None:
+    """The first row of this tile that is current but for the tile and whose cubin is there; None when there is none."""
+    for label, root in roots():
+        for row in _scan(label, root, spec):
+            if isinstance(row, KernelRow) and row.tile == tile and row.path and not why_stale(row, tile):
+                return row
+    return None
+
+
+def find(spec: KernelSpec) -> KernelRow | None:
+    """The first row of the search order that is current and whose cubin is there; None when nothing was built.
+
+    Raises:
+        ArtifactError: no row serves, and one that might have is broken.
+    """
+    state_ = state(spec)
+    if state_.word == "broken":
+        raise ArtifactError(state_.reason, path=state_.row.path if state_.row else None)
+    return state_.row if state_.word == "ready" else None
+
+
+def state(spec: KernelSpec) -> State:
+    """What the cubin of one kernel is. Only this kernel's entries are looked at, and no cubin is read."""
+    found: list[KernelRow] = []
+    broken: list[ArtifactError] = []
+    for label, root in roots():
+        _collect(_scan(label, root, spec), found, broken)
+    return _judge(spec, found, broken)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The states of many kernels, every root read once, and what was unreadable in them."""
+
+    states: dict[KernelSpec, State]
+    broken: tuple[ArtifactError, ...]
+
+    @classmethod
+    def of(cls, specs: Sequence[KernelSpec]) -> Inventory:
+        found, broken = rows()
+        mine: dict[KernelSpec, list[KernelRow]] = {}
+        for row in found:
+            mine.setdefault(row.spec, []).append(row)
+        errors: dict[str, list[ArtifactError]] = {}
+        for error in broken:
+            errors.setdefault(_concern(error.path), []).append(error)
+        states = {}
+        with sources.unchanged():
+            for spec in specs:
+                concerns = [*errors.get("", ()), *errors.get(spec.name, ()), *errors.get(_table_name(spec), ())]
+                states[spec] = _judge(spec, mine.get(spec, []), concerns)
+        return cls(states, tuple(broken))
+
+
+def locked(spec: KernelSpec) -> KernelRow | None:
+    """The packaged manifest's row of this kernel, whether or not its cubin is there.
+
+    Raises:
+        ArtifactError: the table or the row is not usable.
+    """
+    return manifest.read_row(config.package_root(), spec, "package")
+
+
+def why_stale(row: KernelRow, forced: Tile | None = None) -> str:
+    """What makes a row unusable with the present catalogue and sources; empty when it is current.
+
+    ``forced`` is the tile it was built with as an experiment, when it is not the catalogue's that is wanted.
+    """
+    if not catalog.exists(row.spec):
+        return "the catalogue no longer has this kernel"
+    tile = forced or catalog.tile(row.spec)
+    if row.abi != (abi := sources.abi()):
+        return f"built for ABI {row.abi}, this runtime speaks {abi}"
+    if row.tile != tile:
+        return f"built with tile {row.tile}, the catalogue says {tile}"
+    if row.code != (code := sources.code(row.spec, tile)):
+        return f"built from code {row.code[:12]}, the present sources have {code[:12]}"
+    if row.flags != " ".join(sources.flags(row.spec.arch)):
+        return "built with other compiler flags"
+    allowed = catalog.allowed_spill_bytes(row.spec)
+    if forced is None and row.spill_bytes > allowed:  # built as an experiment
+        return f"built with {row.spill_bytes} bytes of spills, the catalogue allows {allowed}"
+    return ""
+
+
+def _judge(spec: KernelSpec, found: list[KernelRow], broken: list[ArtifactError]) -> State:
+    poor: list[State] = []
+    remedy = f"run `fmha build {spec.name}`"
+    for row in found:
+        if row.path is None:
+            # A lock entry, perhaps an outdated one; nothing stale could be loaded.
+            poor.append(State("not built", f"locked by the {row.root} manifest, cubin absent; {remedy}", row))
+        elif objection := why_stale(row):
+            poor.append(State("stale", f"{objection}; {remedy}", row))
+        elif (size := row.path.stat().st_size) != row.size:
+            reason = f"{row.path} has {size} bytes, its row says {row.size}; {remedy}"
+            poor.append(State("broken", reason, row))
+        else:
+            return State("ready", f"from {row.root}", row)
+    poor += [State("broken", str(error)) for error in broken]
+    poor.append(State("not built", remedy))
+    # What needs attention first: a damaged file must not hide behind a row that is merely old.
+    return min(poor, key=lambda state: ("broken", "stale", "not built").index(state.word))
+
+
+def _concern(path: Path | None) -> str:
+    """Whom an unreadable file concerns: a kernel, a table's kernels, or everybody (the empty word)."""
+    if path is not None and path.parent.name == manifest.FOLDER:
+        return path.stem
+    return manifest.entry_name(path)
+
+
+def _table_name(spec: KernelSpec) -> str:
+    return f"{spec.op.value}_{spec.arch.value}"
+
+
+def _scan(label: str, root: Path, spec: KernelSpec | None = None) -> Iterator[KernelRow | ArtifactError]:
+    """Rows of one root, of one kernel or of all; a root may have both layouts. Errors are handed out, not raised."""
+    if label == "FMHA_CUBIN_DIR" and not root.is_dir():
+        yield ArtifactError(f"FMHA_CUBIN_DIR={root} is not a folder; correct or unset it", path=root)
+        return
+    if spec is None:
+        found, broken = manifest.read(root, label)
+        yield from found
+        yield from broken
+    else:
+        try:
+            row = manifest.read_row(root, spec, label)
+            if row is not None:
+                yield row
+        except ArtifactError as error:
+            yield error
+    # Newest compiler first where several built one kernel.
+    entries: list[KernelRow] = []
+    for folder in sorted(root.glob(f"{spec.name if spec else 'fmha_*'}-*/")):
+        try:
+            entries.append(manifest.read_entry(folder, label))
+        except ArtifactError as error:
+            yield error
+    yield from sorted(entries, key=lambda row: _version(row.nvcc), reverse=True)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def _collect(items: Iterable[KernelRow | ArtifactError], rows: list[KernelRow], errors: list[ArtifactError]) -> None:
+    for item in items:
+        if isinstance(item, ArtifactError):
+            errors.append(item)
+        else:
+            rows.append(item)
