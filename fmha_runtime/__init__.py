@@ -28,7 +28,7 @@ _HOME = {
     "Plan": "launch",
     "Problem": "dispatch",
     "Trace": "dispatch",
-    "KernelSpec": "spec",
+    "KernelSpec": "kernels.spec",
     "ArtifactError": "errors",
     "BuildError": "errors",
     "DriverError": "errors",
@@ -95,10 +95,10 @@ if TYPE_CHECKING:
         ToolchainError,
         UnsupportedProblem,
     )
+    from .kernels.spec import KernelSpec
     from .launch import Plan
     from .mask_packer import pack_mask
     from .packed_mask import PackedMask, unpack_mask
-    from .spec import KernelSpec
 
 
 def __getattr__(name: str) -> Any:

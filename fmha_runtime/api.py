@@ -20,9 +20,9 @@ from . import call, dispatch, eager, interop, launch, loader, mask_packer, merge
 from .call import Extras
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError
+from .kernels.spec import Arch, Mask
 from .launch import Plan
 from .packed_mask import PackedMask
-from .spec import Arch, Mask
 
 if TYPE_CHECKING:
     import torch

@@ -14,14 +14,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import bench_peers, records, sources
+from . import bench_peers, records
 from .bench_cells import TOKENS, WIDTH, Cell, Inputs, inputs
 from .bench_peers import MATH_LENGTH, SDPA
 from .bench_provider import Absent, Call, Runnable, reason
 from .bench_record import OURS, BenchRecord, HostTime, Timing
-from .catalog import Tile
 from .errors import DriverError, FmhaError
-from .spec import DType
+from .kernels import sources
+from .kernels.catalog import Tile
+from .kernels.spec import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -373,7 +374,7 @@ def ours(cell: Cell, x: Inputs, tile: str | None = None, plain_grid: bool = Fals
 
 
 def _identity(runnable: Runnable) -> dict[str, str]:
-    from .spec import KernelSpec
+    from .kernels.spec import KernelSpec
 
     spec = KernelSpec.parse(str(runnable.kernel))
     return {"tile": str(runnable.tile), "code": sources.code(spec, Tile.parse(str(runnable.tile)))}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .alibi import alibi_slopes
 from .errors import InputError
+from .kernels.spec import HEAD_DIMS, DType
 from .mask_packer import pack_mask
 from .packed_mask import PackedMask
-from .spec import HEAD_DIMS, DType
 
 if TYPE_CHECKING:
     from torch import Tensor

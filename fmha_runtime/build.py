@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import catalog, config, manifest, params, publish, sources, store
-from .catalog import Tile
+from . import config, publish
 from .errors import ArtifactError, BuildError
-from .manifest import KernelRow
+from .kernels import catalog, manifest, params, sources, store
+from .kernels.catalog import Tile
+from .kernels.manifest import KernelRow
+from .kernels.spec import KernelSpec
 from .nvcc import Nvcc, command_line, failure, find_host_cxx, run, try_nvcc
-from .spec import KernelSpec
 
 _SLOW_PATHS = re.compile(r"wgmma\.mma_async instructions are serialized|setmaxnreg.*ignored")
 """What ptxas says when a Hopper kernel compiles but loses its asynchrony: a 1.5 to 2.5 times slower kernel."""

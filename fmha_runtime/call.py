@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import tensors
 from .errors import InputError, UnsupportedProblem
+from .kernels.params import UNLIMITED
+from .kernels.spec import KvLayout, Mask, Score
 from .packed_mask import PackedMask
-from .params import UNLIMITED
-from .spec import KvLayout, Mask, Score
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import build, catalog, config, manifest, publish, sources, store
-from .manifest import KernelRow
-from .spec import KernelSpec
+from . import build, config, publish
+from .kernels import catalog, manifest, sources, store
+from .kernels.manifest import KernelRow
+from .kernels.spec import KernelSpec
 
 BY_CODE, BY_BYTES, CHANGED, FAILED, MISSING = (
     "identical by code",

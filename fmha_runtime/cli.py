@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from . import __version__, catalog, config, report, selection
-from .catalog import Tile
+from . import __version__, config, report, selection
 from .errors import (
     ArtifactError,
     BuildError,
@@ -30,8 +29,10 @@ from .errors import (
     KernelNotBuilt,
     ToolchainError,
 )
+from .kernels import catalog
+from .kernels.catalog import Tile
+from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from .selection import Selection
-from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 
 FAILED, USAGE, ENVIRONMENT, ARTIFACT, INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -154,7 +155,7 @@ def _json_flag(command: _Command) -> _Command:
 @_selectable
 def list_(chosen: Selection, as_json: bool) -> None:
     """Show kernels: tile, resources, where the cubin is, how it was verified."""
-    from .store import Inventory
+    from .kernels.store import Inventory
 
     inventory = Inventory.of(chosen.kernels())
     states = inventory.states
@@ -319,8 +320,8 @@ def verify(
 
     On a GPU without --arch or names: the kernels of that GPU's arch.
     """
-    from . import ledger
     from . import verify as verifier
+    from .kernels import ledger
 
     if sanitizer is not None:
         argv = verifier.sanitizer_argv(sanitizer, selection.without("--sanitizer", sys.argv[1:]))

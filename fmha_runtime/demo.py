@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import build, dispatch, driver, gxx, store
+from . import build, dispatch, driver, gxx
 from .errors import DriverError, FmhaError, ToolchainError
 from .integrations import transformers as adapter
+from .kernels import store
+from .kernels.spec import Arch, DType, KernelSpec, Op
 from .progress import BuildProgress
-from .spec import Arch, DType, KernelSpec, Op
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
-from . import catalog, forced_tile
-from .catalog import Tile
 from .errors import InputError, UnsupportedProblem
-from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from .kernels import catalog, forced_tile
+from .kernels.catalog import Tile
+from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 
 
 @dataclass(frozen=True)

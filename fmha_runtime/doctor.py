@@ -20,7 +20,7 @@ from typing import Any
 
 from . import __version__, report
 from .errors import ArtifactError, FmhaError
-from .spec import Arch
+from .kernels.spec import Arch
 
 ENVIRONMENT = 3
 ARTIFACT = 4
@@ -94,7 +94,8 @@ Lines = Iterator[tuple[str, str]]
 
 
 def _package(found: Diagnosis) -> Lines:
-    from . import catalog, config, sources
+    from . import config
+    from .kernels import catalog, sources
 
     yield "fmha_runtime", f"{__version__} at {Path(__file__).parent}"
     yield "kernel source", f"{config.kernel_src()}, ABI {sources.abi()}"
@@ -183,7 +184,8 @@ def _has_nvcc() -> bool:
 
 
 def _cubins(found: Diagnosis) -> Lines:
-    from . import catalog, config, manifest, store
+    from . import config
+    from .kernels import catalog, manifest, store
 
     for label, root in store.roots():
         yield label, f"{root}" + ("" if root.is_dir() else " (does not exist)")
@@ -218,7 +220,7 @@ def _cubins(found: Diagnosis) -> Lines:
 
 
 def _ledger(found: Diagnosis) -> Lines:
-    from .ledger import Ledger
+    from .kernels.ledger import Ledger
 
     ways = Counter(record.how for record in Ledger.load())
     yield "ledger", ", ".join(f"{n} by {how}" for how, n in sorted(ways.items())) or "empty"

@@ -13,10 +13,10 @@ from . import call, dispatch, driver, interop, loader, mask_packer, obtain, refe
 from .call import NO_EXTRAS, Extras
 from .dispatch import Problem
 from .errors import InputError, UnsupportedProblem
+from .kernels.spec import Arch
 from .launch import Plan
 from .merge import merge
 from .packed_mask import unpack_mask
-from .spec import Arch
 
 _PLAN_LIMIT = 4096
 _plans: dict[Any, Plan] = {}

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from . import catalog, config, sources
-from .catalog import Tile
+from . import config
 from .errors import ArtifactError, BuildError, ToolchainError
-from .spec import KernelSpec
+from .kernels import catalog, sources
+from .kernels.catalog import Tile
+from .kernels.spec import KernelSpec
 
 
 def library(spec: KernelSpec, tile: Tile | None = None) -> Path:

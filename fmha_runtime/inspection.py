@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from . import catalog, disassembly, manifest, ptx, report, sources, store
+from . import disassembly, ptx, report
 from .errors import BuildError, ToolchainError
-from .spec import KernelSpec
-from .store import State
+from .kernels import catalog, manifest, sources, store
+from .kernels.spec import KernelSpec
+from .kernels.store import State
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import call, catalog, config, driver, emulated_launch, emulator, params, tensor_map, tensors
+from . import call, config, driver, emulated_launch, emulator, tensor_map, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
-from .catalog import Tile
 from .errors import DriverError, InputError, UnsupportedProblem
+from .kernels import catalog, params
+from .kernels.catalog import Tile
+from .kernels.params import UNLIMITED, FwdSm90Params, FwdTmaParams
+from .kernels.spec import KernelSpec
 from .loader import Kernel
 from .packed_mask import PackedMask, pack
-from .params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .sections import section_heads
-from .spec import KernelSpec
 
 if TYPE_CHECKING:
     import torch

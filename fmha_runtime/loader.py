@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import catalog, driver, emulator, params
-from .catalog import Tile
+from . import driver, emulator
 from .errors import InputError
-from .spec import Arch, KernelSpec
+from .kernels import catalog, params
+from .kernels.catalog import Tile
+from .kernels.spec import Arch, KernelSpec
 
 Kernel = Any
 """driver.Kernel or emulator.Kernel: the same interface, no common base needed."""

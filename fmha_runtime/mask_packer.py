@@ -11,12 +11,13 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, dispatch, driver, emulator, interop, loader, obtain, packed_mask, params, tensors
-from .catalog import Tile
+from . import dispatch, driver, emulator, interop, loader, obtain, packed_mask, tensors
 from .dispatch import Problem
 from .errors import DriverError, InputError, UnsupportedProblem
+from .kernels import catalog, params
+from .kernels.catalog import Tile
+from .kernels.spec import Arch, DType, KernelSpec, Op
 from .packed_mask import BLOCK, PackedMask
-from .spec import Arch, DType, KernelSpec, Op
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import config
 from .errors import BuildError, ToolchainError
-from .spec import KernelSpec
+from .kernels.spec import KernelSpec
 
 _RELEASE = re.compile(r"release (\d+\.\d+), V([\d.]+)")
 # The parts of a toolkit from the package index; each is a wheel, so nothing but pip keeps them at one version.

@@ -7,13 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import build, catalog, config, emulator, gxx, loader, manifest, ptx, sources, store
-from .catalog import Tile
+from . import build, config, emulator, gxx, loader, ptx
 from .errors import BuildError, InputError, KernelNotBuilt
+from .kernels import catalog, manifest, sources, store
+from .kernels.catalog import Tile
+from .kernels.manifest import KernelRow
+from .kernels.spec import KernelSpec
 from .loader import Image, Kernel
-from .manifest import KernelRow
 from .nvcc import try_nvcc
-from .spec import KernelSpec
 
 
 def kernel(

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import shutil
 
-from . import catalog, config, publish, sources
+from . import config, publish
 from .build import digest, ptx_text
-from .catalog import Tile
+from .kernels import catalog, sources
+from .kernels.catalog import Tile
+from .kernels.spec import KernelSpec
 from .nvcc import command_line, failure, find_host_cxx, find_nvcc, run
-from .spec import KernelSpec
 
 
 def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:

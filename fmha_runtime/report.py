@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, catalog, nvcc, sources
+from . import __version__, nvcc
 from .build import BuildResult
-from .catalog import Tile
 from .check import Checked
-from .ledger import Ledger, Status
-from .spec import KernelSpec
-from .store import State
+from .kernels import catalog, sources
+from .kernels.catalog import Tile
+from .kernels.ledger import Ledger, Status
+from .kernels.spec import KernelSpec
+from .kernels.store import State
 
 if TYPE_CHECKING:
     from .verify import Report

@@ -11,10 +11,10 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from . import catalog
 from .dispatch import Problem
 from .errors import DriverError, InputError
-from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from .kernels import catalog
+from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 
 _Word = TypeVar("_Word", bound=Enum)
 _DIMS = re.compile(r"(\d+)(?:x(\d+))?")

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from .errors import DriverError, InputError
-from .spec import DType
+from .kernels.spec import DType
 
 MAP_BYTES = 128
 """Size of a tensor map."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .spec import DType
+from .kernels.spec import DType
 
 if TYPE_CHECKING:
     import torch

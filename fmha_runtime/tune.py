@@ -15,11 +15,12 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from . import bench_peers, build, catalog, config, mask_packer, records, sources, tune_worker
+from . import bench_peers, build, config, mask_packer, records, tune_worker
 from .bench_cells import SOFTCAP, Cell
-from .catalog import Tile
 from .errors import DriverError, FmhaError
-from .spec import Arch, KernelSpec, KvLayout, Mask, Score
+from .kernels import catalog, sources
+from .kernels.catalog import Tile
+from .kernels.spec import Arch, KernelSpec, KvLayout, Mask, Score
 from .tune_record import OK, Outcome, Tuned, TuneRecord
 from .tune_variants import variants
 from .tune_worker import PLAIN, Job
@@ -144,7 +145,7 @@ def run(
 
 def candidates(spec: KernelSpec, tiles: Sequence[str] = ()) -> tuple[Tile, ...]:
     """The tiles to try, the catalogue's first."""
-    from . import forced_tile
+    from .kernels import forced_tile
 
     if not tiles:
         return variants(spec)

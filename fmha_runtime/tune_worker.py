@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bench_cells import Cell
-from .catalog import Tile
 from .errors import DriverError, FmhaError
-from .spec import KernelSpec
+from .kernels.catalog import Tile
+from .kernels.spec import KernelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import ledger, records, sources, verify_cases, verify_check, verify_pack
+from . import records, verify_cases, verify_check, verify_pack
 from .errors import InputError, ToolchainError
-from .spec import KernelSpec, Op
+from .kernels import ledger, sources
+from .kernels.spec import KernelSpec, Op
 from .verify_cases import EMULATOR_BUDGET, Case
 from .verify_check import CaseResult, Runner
 from .verify_pack import PackCase

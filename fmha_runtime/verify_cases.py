@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .call import PAGE_SIZES
 from .errors import InputError
-from .spec import DType, KernelSpec, KvLayout, Mask, Score
+from .kernels.spec import DType, KernelSpec, KvLayout, Mask, Score
 
 if TYPE_CHECKING:
     import torch

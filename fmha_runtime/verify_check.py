@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import reference
 from .errors import DriverError, EmulatorFault
-from .spec import DType, KernelSpec
+from .kernels.spec import DType, KernelSpec
 from .verify_cases import Case, Inputs, inputs
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import packed_mask
 from .errors import DriverError, EmulatorFault
+from .kernels.spec import KernelSpec
 from .packed_mask import PackedMask
-from .spec import KernelSpec
 from .verify_check import CaseResult, Failure
 
 if TYPE_CHECKING:

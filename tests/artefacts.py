@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 
 from fmha_runtime import config
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime.kernels.spec import KernelSpec
 
 SMALL = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
 OTHER = KernelSpec.parse("fmha_fwd_sm80_fp16_d40")

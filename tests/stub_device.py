@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import torch
 
-from fmha_runtime import call, catalog, dispatch, driver, eager, launch, params, tensor_map
-from fmha_runtime.spec import Arch
+from fmha_runtime import call, dispatch, driver, eager, launch, tensor_map
+from fmha_runtime.kernels import catalog, params
+from fmha_runtime.kernels.spec import Arch
 
 STREAM = 0x51
 QUEUE = 0x70000

@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 
-from fmha_runtime import config, nvcc, params, sources
+from fmha_runtime import config, nvcc
 from fmha_runtime.errors import ArtifactError
+from fmha_runtime.kernels import params, sources
 
 STRUCTS = (params.Strides, params.FwdParams, params.PackMaskParams)
 

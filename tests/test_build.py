@@ -13,11 +13,12 @@ import pytest
 from artefacts import OTHER, SMALL
 from rich.console import Console
 
-from fmha_runtime import build, catalog, config, disassembly, manifest, nvcc, ptx, publish, sources, store
-from fmha_runtime.catalog import Tile
+from fmha_runtime import build, config, disassembly, nvcc, ptx, publish
 from fmha_runtime.errors import ArtifactError, BuildError, InputError, ToolchainError
+from fmha_runtime.kernels import catalog, manifest, sources, store
+from fmha_runtime.kernels.catalog import Tile
+from fmha_runtime.kernels.spec import KernelSpec
 from fmha_runtime.progress import BuildProgress
-from fmha_runtime.spec import KernelSpec
 
 
 def leftovers(root):

@@ -10,8 +10,9 @@ import pytest
 from artefacts import OTHER, SMALL
 from click.testing import CliRunner
 
-from fmha_runtime import build, check, cli, config, manifest, sources, store
+from fmha_runtime import build, check, cli, config
 from fmha_runtime.errors import BuildError
+from fmha_runtime.kernels import manifest, sources, store
 
 HOPPER = "fmha_fwd_sm90a_bf16_d64"
 
@@ -87,7 +88,7 @@ def test_a_kernel_that_no_longer_builds(package, fake_nvcc, sources_copy):
 
 
 def test_a_kernel_that_the_manifest_lacks(package):
-    from fmha_runtime.spec import KernelSpec
+    from fmha_runtime.kernels.spec import KernelSpec
 
     assert words([KernelSpec.parse(HOPPER)]) == [check.MISSING]
     assert CliRunner().invoke(cli.main, ["build", "--check", HOPPER]).exit_code == 1
@@ -138,6 +139,6 @@ def test_options_that_do_not_go_together(arguments, text):
 
 def test_the_committed_manifest_is_of_the_present_code():
     """What `fmha build --check --all` says on a clean checkout; no compiler is needed for it."""
-    from fmha_runtime import catalog
+    from fmha_runtime.kernels import catalog
 
     assert {one.word for one in check.check(catalog.enumerate_specs())} == {check.BY_CODE}

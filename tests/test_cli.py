@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import fmha_runtime
-from fmha_runtime import catalog, cli, config, driver, manifest, selection, store
+from fmha_runtime import cli, config, driver, selection
 from fmha_runtime.errors import (
     ArtifactError,
     BuildError,
@@ -23,7 +23,8 @@ from fmha_runtime.errors import (
     ToolchainError,
     UnsupportedProblem,
 )
-from fmha_runtime.spec import Arch, KernelSpec
+from fmha_runtime.kernels import catalog, manifest, store
+from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 SMALL = "fmha_fwd_sm80_bf16_d32"
 

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmha_runtime import catalog, code_hash, config, sources
-from fmha_runtime.code_hash import Flattener, tokens
+from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
-from fmha_runtime.spec import Arch, KernelSpec
+from fmha_runtime.kernels import catalog, code_hash, sources
+from fmha_runtime.kernels.code_hash import Flattener, tokens
+from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_packed_paged")
 FILES = sorted(path for path in config.kernel_src().rglob("*") if path.suffix in (".h", ".cuh", ".cpp"))

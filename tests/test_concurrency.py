@@ -16,8 +16,9 @@ import pytest
 from artefacts import OTHER, SMALL
 
 import fmha_runtime
-from fmha_runtime import build, manifest, publish, store
+from fmha_runtime import build, publish
 from fmha_runtime.errors import BuildError
+from fmha_runtime.kernels import manifest, store
 
 # Prints the SHA-256 of the image that this process would launch.
 BUILDER = f"""

@@ -45,7 +45,7 @@ def test_demo_says_what_to_install(monkeypatch, capsys):
 
 
 def test_demo_builds_the_kernels_that_the_gpu_will_be_given(monkeypatch, capsys):
-    from fmha_runtime.spec import DType
+    from fmha_runtime.kernels.spec import DType
 
     wanted = []
     monkeypatch.setattr(demo.driver, "capability", lambda index: (9, 0))

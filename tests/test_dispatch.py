@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from fmha_runtime import api, catalog, dispatch
+from fmha_runtime import api, dispatch
 from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import InputError, UnsupportedProblem
-from fmha_runtime.spec import Arch, DType, KvLayout, Mask, Op, Score
+from fmha_runtime.kernels import catalog
+from fmha_runtime.kernels.spec import Arch, DType, KvLayout, Mask, Op, Score
 
 
 def problem(**kw):

@@ -9,8 +9,9 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli, code_hash, config, doctor, manifest, sources, store
-from fmha_runtime.spec import Arch, KernelSpec
+from fmha_runtime import cli, config, doctor
+from fmha_runtime.kernels import code_hash, manifest, sources, store
+from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 SMALL = "fmha_fwd_sm80_bf16_d32"
 

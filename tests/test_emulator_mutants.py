@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import catalog, config, emulator, launch, obtain, sources
+from fmha_runtime import config, emulator, launch, obtain
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import EmulatorFault
-from fmha_runtime.spec import KernelSpec, KvLayout
+from fmha_runtime.kernels import catalog, sources
+from fmha_runtime.kernels.spec import KernelSpec, KvLayout
 
 Run = Callable[[emulator.Kernel, KernelSpec], tuple[torch.Tensor, ...]]
 """Runs a problem on a kernel; the output first."""

@@ -13,7 +13,7 @@ import torch
 from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
 from fmha_runtime import emulator, launch
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime.kernels.spec import KernelSpec
 
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
 IN_FLIGHT = "wgmma: reads shared memory offset .* while a tma_load_4d to it"

@@ -27,7 +27,7 @@ from tma_probe import TMA_CASES, run_tma
 
 from fmha_runtime import config, nvcc, obtain, tensor_map
 from fmha_runtime.emulator import Order
-from fmha_runtime.spec import DType
+from fmha_runtime.kernels.spec import DType
 from fmha_runtime.tensor_map import Swizzle
 
 SIZES = (32, 40, 64, 72, 104, 128, 176, 256)

@@ -14,7 +14,7 @@ from tma_probe import STORE_CASES, run_tma_store
 
 from fmha_runtime import tensor_map
 from fmha_runtime.emulator import Order
-from fmha_runtime.spec import DType
+from fmha_runtime.kernels.spec import DType
 from fmha_runtime.tensor_map import Swizzle
 
 STORE_SMEM = "const void* map = params.in[1]; for (uint32_t i = t; i < 256; i += 64)"

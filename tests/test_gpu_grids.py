@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 import grids  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime.spec import HEAD_DIMS  # noqa: E402
+from fmha_runtime.kernels.spec import HEAD_DIMS  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

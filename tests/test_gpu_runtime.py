@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import catalog, dispatch, driver, launch, manifest, nvcc, obtain, reference  # noqa: E402
+from fmha_runtime import dispatch, driver, launch, nvcc, obtain, reference  # noqa: E402
 from fmha_runtime.errors import ArtifactError, DriverError, InputError  # noqa: E402
+from fmha_runtime.kernels import catalog, manifest  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fmha_runtime import catalog, ledger, records, sources, store, verify
+from fmha_runtime import records, verify
 from fmha_runtime.errors import ArtifactError
-from fmha_runtime.ledger import Ledger
-from fmha_runtime.manifest import KernelRow
-from fmha_runtime.spec import Arch, KernelSpec
+from fmha_runtime.kernels import catalog, ledger, sources, store
+from fmha_runtime.kernels.ledger import Ledger
+from fmha_runtime.kernels.manifest import KernelRow
+from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = KernelSpec.parse("fmha_fwd_sm90_bf16_d64")

@@ -10,9 +10,10 @@ import artefacts
 import pytest
 from artefacts import OTHER, SMALL
 
-from fmha_runtime import build, catalog, config, manifest, sources, store
-from fmha_runtime.catalog import Tile
+from fmha_runtime import build, config
 from fmha_runtime.errors import ArtifactError
+from fmha_runtime.kernels import catalog, manifest, sources, store
+from fmha_runtime.kernels.catalog import Tile
 
 pytestmark = pytest.mark.usefixtures("own_cache", "fake_nvcc")
 

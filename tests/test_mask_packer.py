@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import catalog, config, driver, mask_packer, obtain, packed_mask, sources, verify, verify_pack
+from fmha_runtime import config, driver, mask_packer, obtain, packed_mask, verify, verify_pack
 from fmha_runtime.emulator import Order
 from fmha_runtime.errors import EmulatorFault, InputError, UnsupportedProblem
-from fmha_runtime.spec import Arch, KernelSpec
+from fmha_runtime.kernels import catalog, sources
+from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 SPEC = catalog.pack_spec(Arch.SM90)
 

@@ -15,7 +15,7 @@ from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_ever
 import fmha_runtime as fmha
 from fmha_runtime import emulator, launch, reference
 from fmha_runtime.emulator import Order
-from fmha_runtime.spec import HEAD_DIMS, KernelSpec
+from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
 
 DEVICE = "emulator:sm90"
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}

@@ -14,9 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fmha_runtime import catalog, driver, launch, obtain, sources, verify_pack
+from fmha_runtime import driver, launch, obtain, verify_pack
 from fmha_runtime.errors import EmulatorFault
-from fmha_runtime.spec import KernelSpec, Op
+from fmha_runtime.kernels import catalog, sources
+from fmha_runtime.kernels.spec import KernelSpec, Op
 from fmha_runtime.verify_cases import cases
 from fmha_runtime.verify_check import CaseResult, Failure
 

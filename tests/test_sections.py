@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from fmha_runtime import catalog
 from fmha_runtime.call import Options, Shape
+from fmha_runtime.kernels import catalog
+from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op
 from fmha_runtime.sections import section_heads
-from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op
 
 SLOTS, L2 = 132, 60 << 20
 CAUSAL, FULL = Options(window_right=0), Options()

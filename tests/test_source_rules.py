@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from fmha_runtime import catalog, config, sources
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime import config
+from fmha_runtime.kernels import catalog, sources
+from fmha_runtime.kernels.spec import KernelSpec
 
 ROOT = config.kernel_src() / "fmha"
 HEADERS = sorted(path for path in ROOT.rglob("*") if path.suffix in {".h", ".cuh"})

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fmha_runtime import config, nvcc, params, tensor_map
+from fmha_runtime import config, nvcc, tensor_map
 from fmha_runtime.errors import DriverError, InputError
-from fmha_runtime.spec import DType
+from fmha_runtime.kernels import params
+from fmha_runtime.kernels.spec import DType
 from fmha_runtime.tensor_map import Swizzle, TensorMapLayout
 
 GOOD = {

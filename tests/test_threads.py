@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
 from fmha_runtime import dispatch, eager, obtain  # noqa: E402, obtain
-from fmha_runtime.spec import KernelSpec  # noqa: E402
+from fmha_runtime.kernels.spec import KernelSpec  # noqa: E402
 
 ROOT = Path(fmha.__file__).resolve().parent.parent
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import catalog, cli, dispatch, driver, store, tune, tune_worker
-from fmha_runtime.catalog import Tile
+from fmha_runtime import cli, dispatch, driver, tune, tune_worker
 from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
-from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from fmha_runtime.kernels import catalog, store
+from fmha_runtime.kernels.catalog import Tile
+from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord
 from fmha_runtime.tune_variants import variants
 from fmha_runtime.tune_worker import Job

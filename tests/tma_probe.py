@@ -13,8 +13,8 @@ from emulator_probe import aligned
 from sm90_probe import Launch, tile_image
 
 from fmha_runtime import tensor_map
-from fmha_runtime.params import TensorMap
-from fmha_runtime.spec import DType
+from fmha_runtime.kernels.params import TensorMap
+from fmha_runtime.kernels.spec import DType
 from fmha_runtime.tensor_map import Swizzle, TensorMapLayout
 
 TMA_SOURCE = """

@@ -24,13 +24,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from fmha_runtime import bench_cells, catalog, ledger, sources, store  # noqa: E402
+from fmha_runtime import bench_cells  # noqa: E402
 from fmha_runtime.bench import BAND  # noqa: E402
 from fmha_runtime.bench_peers import SDPA  # noqa: E402
 from fmha_runtime.bench_record import OURS, BenchRecord  # noqa: E402
-from fmha_runtime.catalog import Tile  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
-from fmha_runtime.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
+from fmha_runtime.kernels import catalog, ledger, sources, store  # noqa: E402
+from fmha_runtime.kernels.catalog import Tile  # noqa: E402
+from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord  # noqa: E402
 
 

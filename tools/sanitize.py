@@ -30,9 +30,10 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import catalog, config, driver, launch, mask_packer, obtain, verify  # noqa: E402
+from fmha_runtime import config, driver, launch, mask_packer, obtain, verify  # noqa: E402
 from fmha_runtime.errors import FmhaError  # noqa: E402
-from fmha_runtime.spec import KernelSpec, Op  # noqa: E402
+from fmha_runtime.kernels import catalog  # noqa: E402
+from fmha_runtime.kernels.spec import KernelSpec, Op  # noqa: E402
 
 KERNELS = (
     "fmha_fwd_sm90_bf16_d64_packed_paged",

@@ -16,9 +16,10 @@ from multiprocessing import get_context
 
 import click
 
-from fmha_runtime import catalog, ledger, sources, store, verify
+from fmha_runtime import verify
 from fmha_runtime.errors import FmhaError
-from fmha_runtime.spec import Arch, KernelSpec
+from fmha_runtime.kernels import catalog, ledger, sources, store
+from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 WAYS = ("cubin", "ptx", "emulator")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..call import PAGE_SIZES
 from ..errors import InputError, UnsupportedProblem
-from ..spec import HEAD_DIMS
+from ..kernels.spec import HEAD_DIMS
 
 if TYPE_CHECKING:
     import torch

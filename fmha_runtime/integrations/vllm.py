@@ -17,10 +17,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import catalog, dispatch
+from .. import dispatch
 from ..call import PAGE_SIZES
 from ..errors import FmhaError, InputError, UnsupportedProblem
-from ..spec import Arch, DType, KvLayout
+from ..kernels import catalog
+from ..kernels.spec import Arch, DType, KvLayout
 
 if TYPE_CHECKING:
     import torch

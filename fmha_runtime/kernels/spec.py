@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class Op(str, Enum):

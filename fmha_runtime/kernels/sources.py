@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from . import catalog, config
+from .. import config
+from ..errors import ArtifactError
+from . import catalog
 from .catalog import Tile
 from .code_hash import Flattener
-from .errors import ArtifactError
 from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
 
 _ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 
-from .errors import InputError, UnsupportedProblem
+from ..errors import InputError, UnsupportedProblem
 from .spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 
 _TILE = re.compile(r"(\d+)x(\d+) w(\d+) s(\d+) c(\d+)( q)?")

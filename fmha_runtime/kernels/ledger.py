@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import catalog, config, sources
-from .errors import ArtifactError
+from .. import config
+from ..errors import ArtifactError
+from . import catalog, sources
 from .manifest import KernelRow
 from .spec import Arch, KernelSpec
 

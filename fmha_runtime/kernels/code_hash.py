@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError
+from ..errors import ArtifactError
 
 # A comment or a spliced line is space; a new line ends a directive and is nothing elsewhere.
 _TOKEN = re.compile(

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import catalog, config, manifest, sources
+from .. import config
+from ..errors import ArtifactError
+from . import catalog, manifest, sources
 from .catalog import Tile
-from .errors import ArtifactError
 from .manifest import KernelRow
 from .spec import KernelSpec
 

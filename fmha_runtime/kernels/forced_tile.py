@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from ..errors import InputError
 from . import catalog
 from .catalog import Tile
-from .errors import InputError
 from .spec import Arch, KernelSpec
 
 _FORCED = re.compile(r"(\d+)x(\d+)(?: w(\d+))?(?: s(\d+))?(?: c(\d+))?( q)?")

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import ArtifactError, InputError
 from .catalog import Tile
-from .errors import ArtifactError, InputError
 from .spec import Arch, KernelSpec, Op
 
 SCHEMA = 2
