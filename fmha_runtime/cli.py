@@ -225,8 +225,8 @@ def build(
     --check says of every row of the packaged manifest whether the present sources still give its cubin: identical by
     code (nothing is compiled), identical by bytes, or changed. It needs no GPU, and exits with 1 when one changed.
     """
-    from . import build as builder
     from .progress import BuildProgress
+    from .toolchain import build as builder
 
     if everything and chosen != Selection():
         raise InputError("--all is every kernel: leave out the names and the other criteria")
@@ -276,7 +276,7 @@ def build(
 def _check(
     specs: Sequence[KernelSpec], as_json: bool, jobs: int | None, compile_all: bool, update: bool, allow_changed: bool
 ) -> None:
-    from . import check
+    from .toolchain import check
 
     begin = time.perf_counter()
 
@@ -535,7 +535,7 @@ def cache_prune() -> None:
 
 
 def _clean(*, everything: bool) -> None:
-    from . import publish
+    from .toolchain import publish
 
     root = config.cache_dir()
     count, freed = publish.clean(root, everything=everything)

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import build, dispatch, driver, gxx
+from . import dispatch, driver
 from .errors import DriverError, FmhaError, ToolchainError
 from .integrations import transformers as adapter
 from .kernels import store
 from .kernels.spec import Arch, DType, KernelSpec, Op
 from .progress import BuildProgress
+from .toolchain import build, gxx
 
 if TYPE_CHECKING:
     from torch import Tensor

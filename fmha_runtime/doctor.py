@@ -157,7 +157,7 @@ def _gpus(cuda: ctypes.CDLL, found: Diagnosis) -> Lines:
 
 
 def _toolchain(found: Diagnosis) -> Lines:
-    from . import nvcc
+    from .toolchain import nvcc
 
     for label, find in (("nvcc", nvcc.find_nvcc), ("host compiler", nvcc.find_host_cxx)):
         try:

@@ -7,14 +7,15 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import build, config, emulator, gxx, loader, ptx
+from . import config, emulator, loader
 from .errors import BuildError, InputError, KernelNotBuilt
 from .kernels import catalog, manifest, sources, store
 from .kernels.catalog import Tile
 from .kernels.manifest import KernelRow
 from .kernels.spec import KernelSpec
 from .loader import Image, Kernel
-from .nvcc import try_nvcc
+from .toolchain import build, gxx, ptx
+from .toolchain.nvcc import try_nvcc
 
 
 def kernel(

@@ -15,12 +15,13 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from . import bench_peers, build, config, mask_packer, records, tune_worker
+from . import bench_peers, config, mask_packer, records, tune_worker
 from .bench_cells import SOFTCAP, Cell
 from .errors import DriverError, FmhaError
 from .kernels import catalog, sources
 from .kernels.catalog import Tile
 from .kernels.spec import Arch, KernelSpec, KvLayout, Mask, Score
+from .toolchain import build
 from .tune_record import OK, Outcome, Tuned, TuneRecord
 from .tune_variants import variants
 from .tune_worker import PLAIN, Job

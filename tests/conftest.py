@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from artefacts import FakeNvcc
 
-from fmha_runtime import nvcc
 from fmha_runtime.errors import ToolchainError
+from fmha_runtime.toolchain import nvcc
 
 
 @pytest.fixture(scope="session", autouse=True)

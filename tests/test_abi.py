@@ -8,9 +8,10 @@ import subprocess
 
 import pytest
 
-from fmha_runtime import config, nvcc
+from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import params, sources
+from fmha_runtime.toolchain import nvcc
 
 STRUCTS = (params.Strides, params.FwdParams, params.PackMaskParams)
 

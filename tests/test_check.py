@@ -10,9 +10,10 @@ import pytest
 from artefacts import OTHER, SMALL
 from click.testing import CliRunner
 
-from fmha_runtime import build, check, cli, config
+from fmha_runtime import cli, config
 from fmha_runtime.errors import BuildError
 from fmha_runtime.kernels import manifest, sources, store
+from fmha_runtime.toolchain import build, check
 
 HOPPER = "fmha_fwd_sm90a_bf16_d64"
 

@@ -16,9 +16,9 @@ import pytest
 from artefacts import OTHER, SMALL
 
 import fmha_runtime
-from fmha_runtime import build, publish
 from fmha_runtime.errors import BuildError
 from fmha_runtime.kernels import manifest, store
+from fmha_runtime.toolchain import build, publish
 
 # Prints the SHA-256 of the image that this process would launch.
 BUILDER = f"""

@@ -12,8 +12,9 @@ import pytest
 import torch
 from emulator_probe import aligned, run
 
-from fmha_runtime import config, emulator, nvcc, obtain
+from fmha_runtime import config, emulator, obtain
 from fmha_runtime.emulator import Order
+from fmha_runtime.toolchain import nvcc
 
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4

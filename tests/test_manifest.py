@@ -10,10 +10,11 @@ import artefacts
 import pytest
 from artefacts import OTHER, SMALL
 
-from fmha_runtime import build, config
+from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, manifest, sources, store
 from fmha_runtime.kernels.catalog import Tile
+from fmha_runtime.toolchain import build
 
 pytestmark = pytest.mark.usefixtures("own_cache", "fake_nvcc")
 

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import build, config, publish
-from .kernels import catalog, manifest, sources, store
-from .kernels.manifest import KernelRow
-from .kernels.spec import KernelSpec
+from .. import config
+from ..kernels import catalog, manifest, sources, store
+from ..kernels.manifest import KernelRow
+from ..kernels.spec import KernelSpec
+from . import build, publish
 
 BY_CODE, BY_BYTES, CHANGED, FAILED, MISSING = (
     "identical by code",

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import config
-from .errors import BuildError, ToolchainError
-from .kernels.spec import KernelSpec
+from .. import config
+from ..errors import BuildError, ToolchainError
+from ..kernels.spec import KernelSpec
 
 _RELEASE = re.compile(r"release (\d+\.\d+), V([\d.]+)")
 # The parts of a toolkit from the package index; each is a wheel, so nothing but pip keeps them at one version.

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import ArtifactError, BuildError
-from .kernels import catalog, manifest, store
-from .kernels.manifest import KernelRow
+from ..errors import ArtifactError, BuildError
+from ..kernels import catalog, manifest, store
+from ..kernels.manifest import KernelRow
 
 _SCRATCH = ".tmp-"
 _ABANDONED_SECONDS = 3600  # no single build takes that long

@@ -7,8 +7,8 @@ import re
 import tempfile
 from collections import Counter
 
-from . import config
-from .errors import ToolchainError
+from .. import config
+from ..errors import ToolchainError
 from .nvcc import tool_output, try_nvcc
 
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)

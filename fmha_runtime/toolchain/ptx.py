@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import shutil
 
-from . import config, publish
+from .. import config
+from ..kernels import catalog, sources
+from ..kernels.catalog import Tile
+from ..kernels.spec import KernelSpec
+from . import publish
 from .build import digest, ptx_text
-from .kernels import catalog, sources
-from .kernels.catalog import Tile
-from .kernels.spec import KernelSpec
 from .nvcc import command_line, failure, find_host_cxx, find_nvcc, run
 
 

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from . import config
-from .errors import ArtifactError, BuildError, ToolchainError
-from .kernels import catalog, sources
-from .kernels.catalog import Tile
-from .kernels.spec import KernelSpec
+from .. import config
+from ..errors import ArtifactError, BuildError, ToolchainError
+from ..kernels import catalog, sources
+from ..kernels.catalog import Tile
+from ..kernels.spec import KernelSpec
 
 
 def library(spec: KernelSpec, tile: Tile | None = None) -> Path:

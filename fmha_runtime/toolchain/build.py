@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import config, publish
-from .errors import ArtifactError, BuildError
-from .kernels import catalog, manifest, params, sources, store
-from .kernels.catalog import Tile
-from .kernels.manifest import KernelRow
-from .kernels.spec import KernelSpec
+from .. import config
+from ..errors import ArtifactError, BuildError
+from ..kernels import catalog, manifest, params, sources, store
+from ..kernels.catalog import Tile
+from ..kernels.manifest import KernelRow
+from ..kernels.spec import KernelSpec
+from . import publish
 from .nvcc import Nvcc, command_line, failure, find_host_cxx, run, try_nvcc
 
 _SLOW_PATHS = re.compile(r"wgmma\.mma_async instructions are serialized|setmaxnreg.*ignored")
