@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, eager, interop, launch, loader, mask_packer, merge, obtain
+from . import call, dispatch, eager, interop, launch, mask_packer, merge, obtain
 from .call import Extras
+from .device import loader
 from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError
 from .kernels.spec import Arch, Mask

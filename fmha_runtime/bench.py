@@ -130,7 +130,7 @@ def run(
     """
     import torch
 
-    from . import driver
+    from .device import driver
 
     found, missing = bench_peers.find(peers)
     info = driver.device_info(device)

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import dispatch, driver
+from . import dispatch
+from .device import driver
 from .errors import DriverError, FmhaError, ToolchainError
 from .integrations import transformers as adapter
 from .kernels import store

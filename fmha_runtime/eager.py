@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import call, dispatch, driver, interop, loader, mask_packer, obtain, reference, tensors, torch_ops
+from . import call, dispatch, interop, mask_packer, obtain, reference, tensors, torch_ops
 from .call import NO_EXTRAS, Extras
+from .device import driver, loader
 from .dispatch import Problem
 from .errors import InputError, UnsupportedProblem
 from .kernels.spec import Arch

@@ -7,7 +7,8 @@ import ctypes
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from . import emulator, tensors
+from . import tensors
+from .device import emulator
 from .errors import EmulatorFault
 
 if TYPE_CHECKING:

@@ -13,14 +13,15 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import call, config, driver, emulated_launch, emulator, tensor_map, tensors
+from . import call, config, emulated_launch, tensors
 from .call import NO_EXTRAS, Extras, Options, Shape
+from .device import driver, emulator, tensor_map
+from .device.loader import Kernel
 from .errors import DriverError, InputError, UnsupportedProblem
 from .kernels import catalog, params
 from .kernels.catalog import Tile
 from .kernels.params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .kernels.spec import KernelSpec
-from .loader import Kernel
 from .packed_mask import PackedMask, pack
 from .sections import section_heads
 

@@ -11,7 +11,8 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import dispatch, driver, emulator, interop, loader, obtain, packed_mask, tensors
+from . import dispatch, interop, obtain, packed_mask, tensors
+from .device import driver, emulator, loader
 from .dispatch import Problem
 from .errors import DriverError, InputError, UnsupportedProblem
 from .kernels import catalog, params

@@ -205,7 +205,7 @@ def device_arch() -> Arch:
     Raises:
         DriverError: there is no GPU, or no kernels for it.
     """
-    from . import driver
+    from .device import driver
 
     known = ", ".join(arch.value for arch in Arch)
     if not driver.available():
@@ -242,7 +242,7 @@ def device(word: str) -> str:
         InputError: another word.
         DriverError: no such GPU.
     """
-    from . import driver
+    from .device import driver
 
     kind, _, index = word.partition(":")
     if kind == "emulator":

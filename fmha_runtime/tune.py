@@ -110,7 +110,7 @@ def run(
         DriverError: no GPU, or a process cannot start on it.
         ToolchainError: no nvcc, and something to build.
     """
-    from . import driver
+    from .device import driver
 
     info = driver.device_info(device)
     found, missing = bench_peers.find(peers)

@@ -29,7 +29,7 @@ from .verify_pack import PackCase
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .loader import Image
+    from .device.loader import Image
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
@@ -216,7 +216,7 @@ def to_record(report: Report) -> ledger.Record:
     capability = driver_version = None
     name = "CPU emulator"
     if report.how != "emulator":
-        from . import driver
+        from .device import driver
 
         info = driver.device_info(int(report.device.partition(":")[2] or 0))
         name, driver_version = info.name, info.driver_version
@@ -280,7 +280,8 @@ def _torch_device(device: str) -> str:
 
 
 def _launcher(image: Image, device: str) -> Runner:
-    from . import launch, loader
+    from . import launch
+    from .device import loader
 
     kernel = loader.load(image, 0 if _on_emulator(device) else int(device.partition(":")[2] or 0))
     if image.spec.op is Op.PACK:

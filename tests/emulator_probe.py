@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmha_runtime import emulator, obtain
+from fmha_runtime import obtain
+from fmha_runtime.device import emulator
 from fmha_runtime.errors import EmulatorFault
 
 _SOURCE = """

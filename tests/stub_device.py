@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from fmha_runtime import call, dispatch, driver, eager, launch, tensor_map
+from fmha_runtime import call, dispatch, eager, launch
+from fmha_runtime.device import driver, tensor_map
 from fmha_runtime.kernels import catalog, params
 from fmha_runtime.kernels.spec import Arch
 

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import fmha_runtime
-from fmha_runtime import cli, config, driver, selection
+from fmha_runtime import cli, config, selection
+from fmha_runtime.device import driver
 from fmha_runtime.errors import (
     ArtifactError,
     BuildError,

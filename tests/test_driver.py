@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fmha_runtime import driver
+from fmha_runtime.device import driver
 from fmha_runtime.errors import ArtifactError, DriverError
 
 

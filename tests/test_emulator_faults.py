@@ -13,7 +13,7 @@ import pytest
 from emulator_probe import aligned, fault, run
 
 from fmha_runtime import obtain
-from fmha_runtime.emulator import Order
+from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import ArtifactError, BuildError, EmulatorFault, ToolchainError
 
 INIT = "st_shared_v4(smem + t * 16, {{t, t, t, t}});"

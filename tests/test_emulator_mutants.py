@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import config, emulator, launch, obtain
-from fmha_runtime.emulator import Order
+from fmha_runtime import config, launch, obtain
+from fmha_runtime.device import emulator
+from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import KernelSpec, KvLayout

@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
-from fmha_runtime import emulator, launch
+from fmha_runtime import launch
+from fmha_runtime.device import emulator
 from fmha_runtime.kernels.spec import KernelSpec
 
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")

@@ -12,10 +12,10 @@ from sm90_probe import emulate
 from test_emulator_sm90 import LOAD, SMEM, TMA, WAIT, expect, tensor_map_of
 from tma_probe import STORE_CASES, run_tma_store
 
-from fmha_runtime import tensor_map
-from fmha_runtime.emulator import Order
+from fmha_runtime.device import tensor_map
+from fmha_runtime.device.emulator import Order
+from fmha_runtime.device.tensor_map import Swizzle
 from fmha_runtime.kernels.spec import DType
-from fmha_runtime.tensor_map import Swizzle
 
 STORE_SMEM = "const void* map = params.in[1]; for (uint32_t i = t; i < 256; i += 64)"
 STORE_SMEM += "st_shared_v4(smem + i * 16, {{i, i, i, t}});"

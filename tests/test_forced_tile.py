@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fmha_runtime
-from fmha_runtime import api, dispatch, driver, obtain, reference
+from fmha_runtime import api, dispatch, obtain, reference
+from fmha_runtime.device import driver
 from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, forced_tile, store

@@ -27,8 +27,9 @@ from sm90_probe import (
 )
 from tma_probe import STORE_CASES, TMA_CASES, run_tma, run_tma_store
 
-from fmha_runtime import config, driver, tensor_map
-from fmha_runtime.tensor_map import TensorMapLayout
+from fmha_runtime import config
+from fmha_runtime.device import driver, tensor_map
+from fmha_runtime.device.tensor_map import TensorMapLayout
 from fmha_runtime.toolchain import nvcc
 
 pytestmark = [pytest.mark.gpu, pytest.mark.nvcc]

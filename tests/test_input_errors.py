@@ -99,7 +99,7 @@ def test_input_errors_are_value_errors():
 
 
 def test_no_driver_says_what_still_works(monkeypatch):
-    from fmha_runtime import driver
+    from fmha_runtime.device import driver
 
     if driver.available():
         pytest.skip("this machine has a driver")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
 import fmha_runtime as fmha
-from fmha_runtime import emulator, launch, reference
-from fmha_runtime.emulator import Order
+from fmha_runtime import launch, reference
+from fmha_runtime.device import emulator
+from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
 
 DEVICE = "emulator:sm90"

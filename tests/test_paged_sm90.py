@@ -13,9 +13,10 @@ from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_ever
 from test_kvcache import LAYOUTS, paged, queries
 
 import fmha_runtime as fmha
-from fmha_runtime import emulator, launch, obtain, reference
+from fmha_runtime import launch, obtain, reference
 from fmha_runtime.call import PAGE_SIZES
-from fmha_runtime.emulator import Order
+from fmha_runtime.device import emulator
+from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fmha_runtime import driver, launch, obtain, verify_pack
+from fmha_runtime import launch, obtain, verify_pack
+from fmha_runtime.device import driver
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import KernelSpec, Op

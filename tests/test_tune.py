@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli, dispatch, driver, tune, tune_worker
+from fmha_runtime import cli, dispatch, tune, tune_worker
+from fmha_runtime.device import driver
 from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.kernels import catalog, store

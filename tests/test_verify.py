@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fmha_runtime import launch, obtain, reference, verify, verify_cases, verify_check
+from fmha_runtime.device.loader import Image
 from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import DType, KernelSpec, Score
-from fmha_runtime.loader import Image
 from fmha_runtime.verify_cases import cases
 from fmha_runtime.verify_check import CaseResult
 

@@ -12,10 +12,10 @@ import numpy as np
 from emulator_probe import aligned
 from sm90_probe import Launch, tile_image
 
-from fmha_runtime import tensor_map
+from fmha_runtime.device import tensor_map
+from fmha_runtime.device.tensor_map import Swizzle, TensorMapLayout
 from fmha_runtime.kernels.params import TensorMap
 from fmha_runtime.kernels.spec import DType
-from fmha_runtime.tensor_map import Swizzle, TensorMapLayout
 
 TMA_SOURCE = """
 #include "params.h"

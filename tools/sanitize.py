@@ -30,7 +30,8 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import config, driver, launch, mask_packer, obtain, verify  # noqa: E402
+from fmha_runtime import config, launch, mask_packer, obtain, verify  # noqa: E402
+from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import FmhaError  # noqa: E402
 from fmha_runtime.kernels import catalog  # noqa: E402
 from fmha_runtime.kernels.spec import KernelSpec, Op  # noqa: E402

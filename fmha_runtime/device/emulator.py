@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
-from . import config
-from .errors import ArtifactError, EmulatorFault
+from .. import config
+from ..errors import ArtifactError, EmulatorFault
 
 _ERROR_BYTES = 4096
 

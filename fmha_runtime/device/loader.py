@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+from ..kernels import catalog, params
+from ..kernels.catalog import Tile
+from ..kernels.spec import Arch, KernelSpec
 from . import driver, emulator
-from .errors import InputError
-from .kernels import catalog, params
-from .kernels.catalog import Tile
-from .kernels.spec import Arch, KernelSpec
 
 Kernel = Any
 """driver.Kernel or emulator.Kernel: the same interface, no common base needed."""

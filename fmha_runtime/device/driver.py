@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .errors import ArtifactError, DriverError, FmhaError
+from ..errors import ArtifactError, DriverError, FmhaError
 
 Buffer = tuple[int, int, bool]
 """(address, bytes, writable) of a tensor that a kernel may touch; only the emulator looks at it."""

@@ -13,8 +13,8 @@ from enum import IntEnum
 from functools import cache
 from typing import Any
 
-from .errors import DriverError, InputError
-from .kernels.spec import DType
+from ..errors import DriverError, InputError
+from ..kernels.spec import DType
 
 MAP_BYTES = 128
 """Size of a tensor map."""
