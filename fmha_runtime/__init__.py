@@ -15,10 +15,10 @@ _HOME = {
     "attention": "api",
     "attention_varlen": "api",
     "attention_with_kvcache": "api",
-    "alibi_slopes": "alibi",
-    "PackedMask": "packed_mask",
+    "alibi_slopes": "problem.alibi",
+    "PackedMask": "problem.packed_mask",
     "pack_mask": "mask_packer",
-    "unpack_mask": "packed_mask",
+    "unpack_mask": "problem.packed_mask",
     "explain": "api",
     "is_supported": "api",
     "merge_states": "api",
@@ -26,8 +26,8 @@ _HOME = {
     "prepare": "api",
     "register_torch_ops": "eager",
     "Plan": "launch",
-    "Problem": "dispatch",
-    "Trace": "dispatch",
+    "Problem": "problem.dispatch",
+    "Trace": "problem.dispatch",
     "KernelSpec": "kernels.spec",
     "ArtifactError": "errors",
     "BuildError": "errors",
@@ -71,7 +71,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .alibi import alibi_slopes
     from .api import (
         attention,
         attention_varlen,
@@ -82,7 +81,6 @@ if TYPE_CHECKING:
         plan,
         prepare,
     )
-    from .dispatch import Problem, Trace
     from .eager import register_torch_ops
     from .errors import (
         ArtifactError,
@@ -98,7 +96,9 @@ if TYPE_CHECKING:
     from .kernels.spec import KernelSpec
     from .launch import Plan
     from .mask_packer import pack_mask
-    from .packed_mask import PackedMask, unpack_mask
+    from .problem.alibi import alibi_slopes
+    from .problem.dispatch import Problem, Trace
+    from .problem.packed_mask import PackedMask, unpack_mask
 
 
 def __getattr__(name: str) -> Any:

@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import call, dispatch, eager, interop, launch, mask_packer, merge, obtain
-from .call import Extras
+from . import eager, launch, mask_packer, merge, obtain
 from .device import loader
-from .dispatch import Problem, Trace
 from .errors import FmhaError, InputError
 from .kernels.spec import Arch, Mask
 from .launch import Plan
-from .packed_mask import PackedMask
+from .problem import arguments, arrays, dispatch
+from .problem.arguments import Extras
+from .problem.dispatch import Problem, Trace
+from .problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +201,7 @@ def attention_with_kvcache(
         import torch
 
         batch = page_table if page_table is not None else k_cache
-        device_q = interop.view("q", q).device
+        device_q = arrays.view("q", q).device
         cache_seqlens = torch.full((batch.shape[0],), cache_seqlens, dtype=torch.int32, device=device_q)
     if cache_seqlens is None:
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
@@ -210,7 +211,7 @@ def attention_with_kvcache(
     )  # fmt: skip
 
 
-@interop.views
+@arrays.views
 def plan(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -277,7 +278,7 @@ def prepare(problem: Problem, *, device: int = 0) -> None:
         mask_packer.prepare(device)
 
 
-@interop.views
+@arrays.views
 def explain(
     q: torch.Tensor | Problem,
     k: torch.Tensor | None = None,
@@ -317,7 +318,9 @@ def explain(
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
     extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
     shape = eager.checked(q, k, v, lengths, extras)
-    opts = call.options(causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk)
+    opts = arguments.options(
+        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
+    )
     emulated = loader.emulated_arch(device)
     on_cpu = q.device.type == "cpu"
     arch = emulated or (Arch.SM80 if on_cpu else eager.arch_of(q.device.index))
@@ -354,8 +357,8 @@ def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
     """
     import torch
 
-    if any(map(interop.foreign, (*outs, *lses))):
-        return interop.merge(merge_states, outs, lses)
+    if any(map(arrays.foreign, (*outs, *lses))):
+        return arrays.merge(merge_states, outs, lses)
     merge.check(outs, lses)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or eager.dispatches(outs[0]):
         eager.register_torch_ops()

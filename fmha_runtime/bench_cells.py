@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .alibi import alibi_slopes
 from .errors import InputError
 from .kernels.spec import HEAD_DIMS, DType
 from .mask_packer import pack_mask
-from .packed_mask import PackedMask
+from .problem.alibi import alibi_slopes
+from .problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:
     from torch import Tensor

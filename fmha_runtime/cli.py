@@ -182,7 +182,7 @@ def explain(words: tuple[str, ...], arch: str | None, tile: str | None, as_json:
     Words: b=2 sq=1024 sk=1024 h=32 hk=8 d=128 (or d=192x128) dtype=bf16 causal window=127,0 varlen
     softcap alibi packed paged. Exits with 1 when no kernel serves it.
     """
-    from . import dispatch
+    from .problem import dispatch
 
     trace = dispatch.trace(selection.problem(words, Arch(arch) if arch else selection.device_arch()), tile)
     if as_json:

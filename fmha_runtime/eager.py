@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import call, dispatch, interop, mask_packer, obtain, reference, tensors, torch_ops
-from .call import NO_EXTRAS, Extras
+from . import mask_packer, obtain, reference, torch_ops
 from .device import driver, loader
-from .dispatch import Problem
 from .errors import InputError, UnsupportedProblem
 from .kernels.spec import Arch
 from .launch import Plan
 from .merge import merge
-from .packed_mask import unpack_mask
+from .problem import arguments, arrays, dispatch, tensors
+from .problem.arguments import NO_EXTRAS, Extras
+from .problem.dispatch import Problem
+from .problem.packed_mask import unpack_mask
 
 _PLAN_LIMIT = 4096
 _plans: dict[Any, Plan] = {}
@@ -62,8 +63,8 @@ def run(
     except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
         key = plan = None
     if plan is None:
-        if key is None and any(map(interop.foreign, (q, k, v, cu_q, cu_k, alibi, sinks, table, mask, used, out))):
-            return interop.call(run, {
+        if key is None and any(map(arrays.foreign, (q, k, v, cu_q, cu_k, alibi, sinks, table, mask, used, out))):
+            return arrays.call(run, {
                 "q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k, "max_q": max_q, "max_k": max_k, "causal": causal,
                 "window": window, "scale": scale, "softcap": softcap, "chunk": chunk, "alibi": alibi, "sinks": sinks,
                 "table": table, "mask": mask, "used": used, "out": out, "return_lse": return_lse, "device": device,
@@ -104,7 +105,7 @@ def _trace(
     if stream is not None:
         raise InputError("stream= in a traced call: traced code runs on the current stream; leave it out")
     if window is not None and (not isinstance(window, tuple | list) or len(window) != 2):
-        call.options(window=window)  # type: ignore[arg-type]  # raises
+        arguments.options(window=window)  # type: ignore[arg-type]  # raises
     left, right = (None, None) if window is None else window
     options: dict[str, Any] = {
         "causal": causal, "window_left": left, "window_right": right, "scale": scale, "softcap": softcap,
@@ -159,10 +160,10 @@ def register_torch_ops() -> None:
 register_torch_ops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def checked(q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None) -> call.Shape:
+def checked(q: Any, k: Any, v: Any, lengths: Any, extras: Extras, out: Any = None) -> arguments.Shape:
     """``call.check_call`` of tensors with ``lengths`` as in ``make_plan``. Raises InputError: see there."""
     cu_q, cu_k, max_q, max_k, used, cache = lengths
-    return call.check_call(
+    return arguments.check_call(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seqused_k=used, max_seqlen_q=max_q, max_seqlen_k=max_k, out=out,
         extras=extras, cache=cache,
     )  # fmt: skip
@@ -182,7 +183,7 @@ def make_plan(
         the errors of ``api.attention``.
     """
     shape = checked(q, k, v, lengths, extras, out)
-    opts = call.options(**options)
+    opts = arguments.options(**options)
     if fallback not in (None, "torch"):
         raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
     emulated = loader.emulated_arch(device)
@@ -192,7 +193,7 @@ def make_plan(
         raise InputError(f"the emulator runs CPU tensors; q is on {q.device}: call q.cpu()")
     if q.device.type not in ("cpu", "cuda"):
         raise InputError(f"q is on {q.device}; CUDA and CPU tensors are supported")
-    call.score(opts, extras)  # contradictions are refused wherever the call runs
+    arguments.score(opts, extras)  # contradictions are refused wherever the call runs
     if emulated is None and q.device.type == "cpu":
         if tile is not None:
             raise InputError(f"tile is {tile!r} and CPU tensors run in plain torch: pass device='emulator' as well")
@@ -228,15 +229,15 @@ def arch_of(index: int) -> Arch:
     return found
 
 
-def problem(arch: Arch, q: Any, shape: call.Shape, opts: call.Options, extras: Extras) -> Problem:
+def problem(arch: Arch, q: Any, shape: arguments.Shape, opts: arguments.Options, extras: Extras) -> Problem:
     """What dispatch is asked about a checked call."""
     return Problem(
         arch=arch,
         dtype=tensors.dtype_of("q", q),
         head_dim=shape.head_dim,
         head_dim_v=shape.head_dim_v,
-        mask=call.mask(extras),
-        score=call.score(opts, extras),
+        mask=arguments.mask(extras),
+        score=arguments.score(opts, extras),
         kv=shape.kv,
         varlen=shape.varlen,
         batch=shape.batch,

@@ -13,8 +13,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import call, config, emulated_launch, tensors
-from .call import NO_EXTRAS, Extras, Options, Shape
+from . import config, emulated_launch
 from .device import driver, emulator, tensor_map
 from .device.loader import Kernel
 from .errors import DriverError, InputError, UnsupportedProblem
@@ -22,7 +21,9 @@ from .kernels import catalog, params
 from .kernels.catalog import Tile
 from .kernels.params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from .kernels.spec import KernelSpec
-from .packed_mask import PackedMask, pack
+from .problem import arguments, tensors
+from .problem.arguments import NO_EXTRAS, Extras, Options, Shape
+from .problem.packed_mask import PackedMask, pack
 from .sections import section_heads
 
 if TYPE_CHECKING:
@@ -439,12 +440,14 @@ def run(
         InputError: bad tensors or options, or a problem that this kernel does not compute.
     """
     extras = Extras(alibi_slopes, sinks, page_table, packed(mask, cu_seqlens_q))
-    shape = call.check_call(
+    shape = arguments.check_call(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, out=out, extras=extras, cache=page_table is not None,
     )  # fmt: skip
-    opts = call.options(causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk)
-    dtype, score, family = tensors.dtype_of("q", q), call.score(opts, extras), call.mask(extras)
+    opts = arguments.options(
+        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
+    )
+    dtype, score, family = tensors.dtype_of("q", q), arguments.score(opts, extras), arguments.mask(extras)
     wanted = (dtype, shape.head_dim, shape.head_dim_v, family, score, shape.kv)
     if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v, spec.mask, spec.score, spec.kv):
         raise InputError(

@@ -11,14 +11,15 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import dispatch, interop, obtain, packed_mask, tensors
+from . import obtain
 from .device import driver, emulator, loader
-from .dispatch import Problem
 from .errors import DriverError, InputError, UnsupportedProblem
 from .kernels import catalog, params
 from .kernels.catalog import Tile
 from .kernels.spec import Arch, DType, KernelSpec, Op
-from .packed_mask import BLOCK, PackedMask
+from .problem import arrays, dispatch, packed_mask, tensors
+from .problem.dispatch import Problem
+from .problem.packed_mask import BLOCK, PackedMask
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
     """
     import torch
 
-    mask, cu_seqlens_q = interop.view("mask", mask), interop.view("cu_seqlens_q", cu_seqlens_q)
+    mask, cu_seqlens_q = arrays.view("mask", mask), arrays.view("cu_seqlens_q", cu_seqlens_q)
     if not (isinstance(mask, torch.Tensor) and mask.is_cuda):
         return packed_mask.pack(mask, cu_seqlens_q=cu_seqlens_q)
     packed_mask.planes(mask, cu_seqlens_q is not None)  # a wrong shape is said before a kernel is missed
@@ -54,8 +55,8 @@ def packed(mask: Any, cu_seqlens_q: Any, stream: int | None = None) -> PackedMas
     """The mask of a call as kernels read it; anything but a PackedMask is packed now, on the stream of the call."""
     if mask is None or isinstance(mask, PackedMask):
         return mask
-    if stream is not None and interop.foreign(mask):
-        with interop.on_stream([mask], stream):
+    if stream is not None and arrays.foreign(mask):
+        with arrays.on_stream([mask], stream):
             return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)
     if stream is None or not getattr(mask, "is_cuda", False):
         return pack_mask(mask, cu_seqlens_q=cu_seqlens_q)

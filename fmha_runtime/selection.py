@@ -11,10 +11,10 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from .dispatch import Problem
 from .errors import DriverError, InputError
 from .kernels import catalog
 from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from .problem.dispatch import Problem
 
 _Word = TypeVar("_Word", bound=Enum)
 _DIMS = re.compile(r"(\d+)(?:x(\d+))?")

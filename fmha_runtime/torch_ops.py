@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedProblem
 from .launch import NO_BACKWARD
-from .packed_mask import PackedMask
+from .problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:
     import torch

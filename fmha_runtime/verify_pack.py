@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import packed_mask
 from .errors import DriverError, EmulatorFault
 from .kernels.spec import KernelSpec
-from .packed_mask import PackedMask
+from .problem import packed_mask
+from .problem.packed_mask import PackedMask
 from .verify_check import CaseResult, Failure
 
 if TYPE_CHECKING:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 
-from fmha_runtime import api, dispatch
-from fmha_runtime.dispatch import Problem
+from fmha_runtime import api
 from fmha_runtime.errors import InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog
 from fmha_runtime.kernels.spec import Arch, DType, KvLayout, Mask, Op, Score
+from fmha_runtime.problem import dispatch
+from fmha_runtime.problem.dispatch import Problem
 
 
 def problem(**kw):

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import alibi, launch, reference
+from fmha_runtime import launch, reference
+from fmha_runtime.problem import alibi
 
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 

@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import mask_packer, packed_mask, verify  # noqa: E402
+from fmha_runtime import mask_packer, verify  # noqa: E402
+from fmha_runtime.problem import packed_mask  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -10,10 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import dispatch, launch, obtain, reference  # noqa: E402
+from fmha_runtime import launch, obtain, reference  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import ArtifactError, DriverError, InputError  # noqa: E402
 from fmha_runtime.kernels import catalog, manifest  # noqa: E402
+from fmha_runtime.problem import dispatch  # noqa: E402
 from fmha_runtime.toolchain import nvcc  # noqa: E402
 
 pytestmark = pytest.mark.gpu

@@ -17,11 +17,12 @@ torch = pytest.importorskip("torch")
 from stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import launch, tensors  # noqa: E402
+from fmha_runtime import launch  # noqa: E402
 from fmha_runtime.device import driver, tensor_map  # noqa: E402
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.kernels import params  # noqa: E402
 from fmha_runtime.kernels.spec import Arch  # noqa: E402
+from fmha_runtime.problem import tensors  # noqa: E402
 
 
 @pytest.fixture

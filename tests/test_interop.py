@@ -11,11 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager, interop  # noqa: E402
+from fmha_runtime import eager  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
+from fmha_runtime.problem import arrays  # noqa: E402
 
 
-def arrays(b=2, sq=20, sk=33, h=4, hk=2, d=64, seed=0):
+def numpy_qkv(b=2, sq=20, sk=33, h=4, hk=2, d=64, seed=0):
     g = np.random.default_rng(seed)
     return [g.standard_normal(s).astype(np.float16) for s in ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, d))]
 
@@ -31,7 +32,7 @@ def same(got, want):
 
 @pytest.mark.parametrize("device", [None, "emulator"])
 def test_numpy_in_numpy_out(device):
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     want, want_lse = fmha.attention(*as_torch(q, k, v), causal=True, return_lse=True, device=device)
     out, lse = fmha.attention(q, k, v, causal=True, return_lse=True, device=device)
     same(out, want)
@@ -40,17 +41,17 @@ def test_numpy_in_numpy_out(device):
 
 
 def test_views_share_memory():
-    q = arrays()[0]
-    assert interop.view("q", q).data_ptr() == q.ctypes.data
-    assert interop.view("q", q[:, 3:, 1:]).data_ptr() == q[:, 3:, 1:].ctypes.data
+    q = numpy_qkv()[0]
+    assert arrays.view("q", q).data_ptr() == q.ctypes.data
+    assert arrays.view("q", q[:, 3:, 1:]).data_ptr() == q[:, 3:, 1:].ctypes.data
     made = []
-    result = interop.call(lambda q: made.append(q.clone()) or made[0], {"q": q})
+    result = arrays.call(lambda q: made.append(q.clone()) or made[0], {"q": q})
     assert result.ctypes.data == made[0].data_ptr()
 
 
 @pytest.mark.parametrize("device", [None, "emulator"])
 def test_out_is_written_and_returned(device):
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     out = np.zeros((*q.shape[:3], 64), np.float16)
     assert fmha.attention(q, k, v, out=out, device=device) is out
     same(out, fmha.attention(*as_torch(q, k, v), device=device))
@@ -64,7 +65,7 @@ def test_out_is_written_and_returned(device):
 
 
 def test_read_only_inputs_are_read():
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     want = fmha.attention(*as_torch(q, k, v))
     for x in (q, k, v):
         x.flags.writeable = False
@@ -72,7 +73,7 @@ def test_read_only_inputs_are_read():
 
 
 def test_every_array_argument():
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     slopes, sinks = np.linspace(0.1, 0.9, 4, dtype=np.float32), np.ones(4, np.float32)
     used, mask = np.array([33, 7], np.int32), np.tri(20, 33, 5, dtype=bool)
     for options in ({"alibi_slopes": slopes}, {"sinks": sinks}, {"seqused_k": used}, {"mask": mask}):
@@ -87,14 +88,14 @@ def test_every_array_argument():
 
 
 def test_mixed_kinds_give_the_kind_of_q():
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     want = fmha.attention(*as_torch(q, k, v))
     same(fmha.attention(q, *as_torch(k), v), want)
     assert torch.equal(fmha.attention(*as_torch(q), k, v), want)
 
 
 def test_varlen_and_masks_of_it():
-    q, k, v = (x[0] for x in arrays(1, 50, 70))
+    q, k, v = (x[0] for x in numpy_qkv(1, 50, 70))
     cu_q, cu_k = np.array([0, 20, 50], np.int32), np.array([0, 33, 70], np.int32)
     want = fmha.attention_varlen(*as_torch(q, k, v, cu_q, cu_k), 30, 37, causal=True)
     same(fmha.attention_varlen(q, k, v, cu_q, cu_k, 30, 37, causal=True), want)
@@ -106,7 +107,7 @@ def test_varlen_and_masks_of_it():
 
 
 def test_caches():
-    q, k, v = arrays(2, 3, 48)
+    q, k, v = numpy_qkv(2, 3, 48)
     want = fmha.attention_with_kvcache(*as_torch(q, k, v), cache_seqlens=31, causal=True)
     same(fmha.attention_with_kvcache(q, k, v, cache_seqlens=31, causal=True), want)
     pools = [x.reshape(6, 16, 2, 64) for x in (k, v)]
@@ -115,7 +116,7 @@ def test_caches():
 
 
 def test_merge_states():
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     parts = [fmha.attention(q, k[:, c], v[:, c], return_lse=True) for c in (slice(0, 9), slice(9, None))]
     out, lse = fmha.merge_states(*zip(*parts, strict=True))
     want = fmha.merge_states(*([torch.from_numpy(x) for x in each] for each in zip(*parts, strict=True)))
@@ -124,7 +125,7 @@ def test_merge_states():
 
 
 def test_what_cannot_be_seen_is_refused():
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
 
     class Closed:
         def __dlpack__(self, **_):
@@ -145,7 +146,7 @@ def test_what_cannot_be_seen_is_refused():
 
 
 def test_a_library_without_from_dlpack():
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
 
     class Bare:
         def __init__(self, x):
@@ -165,19 +166,19 @@ def test_a_library_without_from_dlpack():
 
 def test_no_argument_is_lost_on_the_way(monkeypatch):
     passed = []
-    monkeypatch.setattr(interop, "call", lambda function, arrays, stream: passed.append(set(arrays)))
-    fmha.attention(*arrays())
+    monkeypatch.setattr(arrays, "call", lambda function, arrays, stream: passed.append(set(arrays)))
+    fmha.attention(*numpy_qkv())
     assert passed == [set(inspect.signature(eager.run).parameters) - {"traced"}]
-    q, k, v = arrays()
+    q, k, v = numpy_qkv()
     monkeypatch.undo()
     with pytest.raises(InputError, match="tile"):
         fmha.attention(q, k, v, tile="no such tile", device="emulator")
 
 
 def test_torch_calls_never_come_here(monkeypatch):
-    q, k, v = as_torch(*arrays())
+    q, k, v = as_torch(*numpy_qkv())
     fmha.attention(q, k, v, device="emulator")
-    monkeypatch.setattr(interop, "foreign", None)
+    monkeypatch.setattr(arrays, "foreign", None)
     fmha.attention(q, k, v, device="emulator")
 
 
@@ -188,7 +189,7 @@ def test_torch_calls_never_come_here(monkeypatch):
 def gpu(monkeypatch):
     monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return [x.cuda() for x in as_torch(*arrays(2, 200, 300))]
+    return [x.cuda() for x in as_torch(*numpy_qkv(2, 200, 300))]
 
 
 def error(got, want):
@@ -324,4 +325,4 @@ def test_cuda_array_interface_alone(gpu):
     want = fmha.attention(*gpu)
     out = fmha.attention(*(Array(x) for x in gpu))
     assert torch.equal(out, want)
-    assert interop.view("q", Array(gpu[0])).data_ptr() == gpu[0].data_ptr()
+    assert arrays.view("q", Array(gpu[0])).data_ptr() == gpu[0].data_ptr()

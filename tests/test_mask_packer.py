@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import config, mask_packer, obtain, packed_mask, verify, verify_pack
+from fmha_runtime import config, mask_packer, obtain, verify, verify_pack
 from fmha_runtime.device import driver
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import EmulatorFault, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import Arch, KernelSpec
+from fmha_runtime.problem import packed_mask
 
 SPEC = catalog.pack_spec(Arch.SM90)
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import packed_mask, reference
+from fmha_runtime import reference
+from fmha_runtime.problem import packed_mask
 
 
 def random_mask(*shape, seed=0, share=0.5):

@@ -14,11 +14,11 @@ from test_kvcache import LAYOUTS, paged, queries
 
 import fmha_runtime as fmha
 from fmha_runtime import launch, obtain, reference
-from fmha_runtime.call import PAGE_SIZES
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
+from fmha_runtime.problem.arguments import PAGE_SIZES
 
 DEVICE = "emulator:sm90"
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli, dispatch, tune, tune_worker
+from fmha_runtime import cli, tune, tune_worker
 from fmha_runtime.device import driver
-from fmha_runtime.dispatch import Problem
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.kernels import catalog, store
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from fmha_runtime.problem import dispatch
+from fmha_runtime.problem.dispatch import Problem
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord
 from fmha_runtime.tune_variants import variants
 from fmha_runtime.tune_worker import Job

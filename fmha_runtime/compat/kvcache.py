@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..call import PAGE_SIZES
 from ..errors import InputError, UnsupportedProblem
+from ..problem.arguments import PAGE_SIZES
 from . import shared
 
 if TYPE_CHECKING:

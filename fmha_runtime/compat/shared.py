@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..call import PAGE_SIZES
 from ..errors import InputError, UnsupportedProblem
 from ..kernels.spec import HEAD_DIMS
+from ..problem.arguments import PAGE_SIZES
 
 if TYPE_CHECKING:
     import torch

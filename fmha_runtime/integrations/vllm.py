@@ -17,11 +17,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import dispatch
-from ..call import PAGE_SIZES
 from ..errors import FmhaError, InputError, UnsupportedProblem
 from ..kernels import catalog
 from ..kernels.spec import Arch, DType, KvLayout
+from ..problem import dispatch
+from ..problem.arguments import PAGE_SIZES
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError, UnsupportedProblem
+from ..kernels.params import UNLIMITED
+from ..kernels.spec import KvLayout, Mask, Score
 from . import tensors
-from .errors import InputError, UnsupportedProblem
-from .kernels.params import UNLIMITED
-from .kernels.spec import KvLayout, Mask, Score
 from .packed_mask import PackedMask
 
 if TYPE_CHECKING:

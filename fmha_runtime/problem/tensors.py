@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
-from .kernels.spec import DType
+from ..errors import InputError
+from ..kernels.spec import DType
 
 if TYPE_CHECKING:
     import torch

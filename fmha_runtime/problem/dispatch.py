@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
-from .errors import InputError, UnsupportedProblem
-from .kernels import catalog, forced_tile
-from .kernels.catalog import Tile
-from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from ..errors import InputError, UnsupportedProblem
+from ..kernels import catalog, forced_tile
+from ..kernels.catalog import Tile
+from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 
 
 @dataclass(frozen=True)
