@@ -17,7 +17,7 @@ _HOME = {
     "attention_with_kvcache": "api",
     "alibi_slopes": "problem.alibi",
     "PackedMask": "problem.packed_mask",
-    "pack_mask": "mask_packer",
+    "pack_mask": "ops.pack.packer",
     "unpack_mask": "problem.packed_mask",
     "explain": "api",
     "is_supported": "api",
@@ -25,7 +25,7 @@ _HOME = {
     "plan": "api",
     "prepare": "api",
     "register_torch_ops": "eager",
-    "Plan": "launch",
+    "Plan": "ops.forward.plan",
     "Problem": "problem.dispatch",
     "Trace": "problem.dispatch",
     "KernelSpec": "kernels.spec",
@@ -94,8 +94,8 @@ if TYPE_CHECKING:
         UnsupportedProblem,
     )
     from .kernels.spec import KernelSpec
-    from .launch import Plan
-    from .mask_packer import pack_mask
+    from .ops.forward.plan import Plan
+    from .ops.pack.packer import pack_mask
     from .problem.alibi import alibi_slopes
     from .problem.dispatch import Problem, Trace
     from .problem.packed_mask import PackedMask, unpack_mask

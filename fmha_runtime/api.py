@@ -16,11 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import eager, launch, mask_packer, merge, obtain
+from . import eager
 from .device import loader
 from .errors import FmhaError, InputError
 from .kernels.spec import Arch, Mask
-from .launch import Plan
+from .ops import obtain
+from .ops.combine import merge
+from .ops.forward import plan as forward
+from .ops.forward.plan import Plan
+from .ops.pack import packer
 from .problem import arguments, arrays, dispatch
 from .problem.arguments import Extras
 from .problem.dispatch import Problem, Trace
@@ -254,7 +258,7 @@ def plan(
     options = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": attention_chunk
     }  # fmt: skip
-    extras = Extras(alibi_slopes, sinks, page_table, mask_packer.packed(mask, cu_seqlens_q))
+    extras = Extras(alibi_slopes, sinks, page_table, packer.packed(mask, cu_seqlens_q))
     made = eager.make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
     if made is None:
         raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
@@ -275,7 +279,7 @@ def prepare(problem: Problem, *, device: int = 0) -> None:
     for spec in dispatch.kernels(problem):
         obtain.kernel(spec, device=f"cuda:{device}")
     if problem.mask is Mask.PACKED:
-        mask_packer.prepare(device)
+        packer.prepare(device)
 
 
 @arrays.views
@@ -316,7 +320,7 @@ def explain(
     if isinstance(q, Problem):
         return dispatch.trace(q, tile)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
-    extras = Extras(alibi_slopes, sinks, page_table, launch.packed(mask, cu_seqlens_q))
+    extras = Extras(alibi_slopes, sinks, page_table, forward.packed(mask, cu_seqlens_q))
     shape = eager.checked(q, k, v, lengths, extras)
     opts = arguments.options(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk

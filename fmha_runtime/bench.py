@@ -319,7 +319,7 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
     """[1, Sq, 1, Dv] fp32 of sequence b and query head h."""
     import torch
 
-    from . import reference
+    from .ops.forward import reference
 
     k, v = x.k, x.v
     if x.table is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .kernels.spec import HEAD_DIMS, DType
-from .mask_packer import pack_mask
+from .ops.pack.packer import pack_mask
 from .problem.alibi import alibi_slopes
 from .problem.packed_mask import PackedMask
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import mask_packer, obtain, reference, torch_ops
+from . import torch_ops
 from .device import driver, loader
 from .errors import InputError, UnsupportedProblem
 from .kernels.spec import Arch
-from .launch import Plan
-from .merge import merge
+from .ops import obtain
+from .ops.combine.merge import merge
+from .ops.forward import reference
+from .ops.forward.plan import Plan
+from .ops.pack import packer
 from .problem import arguments, arrays, dispatch, tensors
 from .problem.arguments import NO_EXTRAS, Extras
 from .problem.dispatch import Problem
@@ -46,7 +49,7 @@ def run(
     # read in line: a function call would cost more than they do.
     extras, optional = NO_EXTRAS, None
     if alibi is not None or sinks is not None or table is not None or mask is not None:
-        extras = Extras(alibi, sinks, table, None if mask is None else mask_packer.packed(mask, cu_q, stream))
+        extras = Extras(alibi, sinks, table, None if mask is None else packer.packed(mask, cu_q, stream))
     key: Any
     try:
         if extras is not NO_EXTRAS:

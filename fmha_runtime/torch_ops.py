@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedProblem
-from .launch import NO_BACKWARD
+from .ops.forward.plan import NO_BACKWARD
 from .problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:

@@ -15,15 +15,16 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from . import bench_peers, config, mask_packer, records, tune_worker
+from . import bench_peers, config, records, tune_worker
 from .bench_cells import SOFTCAP, Cell
 from .errors import DriverError, FmhaError
 from .kernels import catalog, sources
 from .kernels.catalog import Tile
 from .kernels.spec import Arch, KernelSpec, KvLayout, Mask, Score
+from .ops.forward.variants import variants
+from .ops.pack import packer
 from .toolchain import build
 from .tune_record import OK, Outcome, Tuned, TuneRecord
-from .tune_variants import variants
 from .tune_worker import PLAIN, Job
 
 LENGTHS = (512, 2048, 16384)
@@ -118,9 +119,9 @@ def run(
     wanted = [(spec, tile) for spec in specs for tile in candidates(spec, tiles)]
     outcomes = build_all(wanted, jobs, say)
     if any(spec.mask is Mask.PACKED for spec in specs):  # their inputs are packed on the GPU
-        (packer,) = build.build([mask_packer.spec_for(device)])
-        if packer.error is not None:
-            raise packer.error
+        (built,) = build.build([packer.spec_for(device)])
+        if built.error is not None:
+            raise built.error
     tuned, skipped = [], []
     with closing(Worker()) as worker:
         for spec in specs:

@@ -18,13 +18,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import records, verify_cases, verify_check, verify_pack
+from . import records
 from .errors import InputError, ToolchainError
 from .kernels import ledger, sources
 from .kernels.spec import KernelSpec, Op
-from .verify_cases import EMULATOR_BUDGET, Case
-from .verify_check import CaseResult, Runner
-from .verify_pack import PackCase
+from .ops.forward import cases as verify_cases
+from .ops.forward import check as verify_check
+from .ops.forward.cases import EMULATOR_BUDGET, Case
+from .ops.forward.check import CaseResult, Runner
+from .ops.pack import cases as verify_pack
+from .ops.pack.cases import PackCase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +177,7 @@ def verify_kernel(
     """
     image = None
     if runner is None:
-        from . import obtain
+        from .ops import obtain
 
         image = obtain.image(spec, via="emulator" if _on_emulator(device) else via)
         runner = _launcher(image, device)
@@ -280,16 +283,16 @@ def _torch_device(device: str) -> str:
 
 
 def _launcher(image: Image, device: str) -> Runner:
-    from . import launch
     from .device import loader
+    from .ops.forward import plan as forward
 
     kernel = loader.load(image, 0 if _on_emulator(device) else int(device.partition(":")[2] or 0))
     if image.spec.op is Op.PACK:
-        from . import mask_packer
+        from .ops.pack import packer
 
-        return partial(mask_packer.run, kernel)
+        return partial(packer.run, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return launch.run(kernel, image.spec, q, k, v, **options)
+        return forward.run(kernel, image.spec, q, k, v, **options)
 
     return run

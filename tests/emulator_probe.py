@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fmha_runtime import obtain
 from fmha_runtime.device import emulator
 from fmha_runtime.errors import EmulatorFault
+from fmha_runtime.ops import obtain
 
 _SOURCE = """
 #include <ptx/sm80.cuh>

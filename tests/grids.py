@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import fmha_runtime as fmha
-from fmha_runtime import reference
-from fmha_runtime.verify_check import LSE_LIMIT
+from fmha_runtime.ops.forward import reference
+from fmha_runtime.ops.forward.check import LSE_LIMIT
 
 REL_L2 = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 LAYOUTS = ("packed", "contiguous", "separate", "paged 32", "paged 128", "paged 32 HND", "paged 128 HND")

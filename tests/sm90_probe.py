@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from emulator_probe import aligned
 
-from fmha_runtime import obtain
 from fmha_runtime.device import emulator
+from fmha_runtime.ops import obtain
 
 MAX_STEPS = 20
 

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import torch
 
-from fmha_runtime import eager, launch
+from fmha_runtime import eager
 from fmha_runtime.device import driver, tensor_map
 from fmha_runtime.kernels import catalog, params
 from fmha_runtime.kernels.spec import Arch
+from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.problem import arguments, dispatch
 
 STREAM = 0x51
@@ -80,4 +81,4 @@ class StubDevice:
         shape, opts = eager.checked(q, k, v, lengths, extras, out), arguments.options(**options)
         spec = dispatch.choose(eager.problem(self.arch, q, shape, opts, extras)).spec
         given = (lengths[0], lengths[1], lengths[4])
-        return launch.Plan(_Kernel(spec, self), spec, catalog.tile(spec), shape, opts, q, k, v, out, extras, given)
+        return forward.Plan(_Kernel(spec, self), spec, catalog.tile(spec), shape, opts, q, k, v, out, extras, given)

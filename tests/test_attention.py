@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import reference  # noqa: E402
+from fmha_runtime.ops.forward import reference  # noqa: E402
 
 
 def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16, seed=0):

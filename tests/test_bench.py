@@ -23,7 +23,7 @@ from fmha_runtime.bench_provider import Peer
 from fmha_runtime.bench_record import BenchRecord, HostTime, Timing
 from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError, KernelNotBuilt
 from fmha_runtime.kernels.spec import DType
-from fmha_runtime.reference import attention, band
+from fmha_runtime.ops.forward.reference import attention, band
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 

@@ -17,7 +17,7 @@ from fmha_runtime import bench, bench_cells, bench_libraries, bench_peers
 from fmha_runtime.bench_cells import Cell
 from fmha_runtime.bench_provider import Absent
 from fmha_runtime.kernels.spec import DType
-from fmha_runtime.reference import attention, attention_varlen
+from fmha_runtime.ops.forward.reference import attention, attention_varlen
 
 SMALL = Cell(DType.FP16, 64, 64, 32, True)
 CELLS = {

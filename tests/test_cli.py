@@ -435,10 +435,10 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
 
 def test_verify_reports_failure(monkeypatch):
     pytest.importorskip("torch", reason="torch is not installed")
-    from fmha_runtime import launch
+    from fmha_runtime.ops.forward import plan as forward
 
-    run = launch.run
-    monkeypatch.setattr(launch, "run", lambda *args, **options: run(*args, **{**options, "causal": False}))
+    run = forward.run
+    monkeypatch.setattr(forward, "run", lambda *args, **options: run(*args, **{**options, "causal": False}))
     result = fmha("verify", SMALL, "--device", "emulator", "--quick")
     assert result.exit_code == 1
     assert "FAIL" in result.stdout

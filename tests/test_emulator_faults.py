@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from emulator_probe import aligned, fault, run
 
-from fmha_runtime import obtain
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import ArtifactError, BuildError, EmulatorFault, ToolchainError
+from fmha_runtime.ops import obtain
 
 INIT = "st_shared_v4(smem + t * 16, {{t, t, t, t}});"
 

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import config, launch, obtain
+from fmha_runtime import config
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import KernelSpec, KvLayout
+from fmha_runtime.ops import obtain
+from fmha_runtime.ops.forward import plan as forward
 
 Run = Callable[[emulator.Kernel, KernelSpec], tuple[torch.Tensor, ...]]
 """Runs a problem on a kernel; the output first."""
@@ -109,7 +111,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor, to
         k, v = (torch.cat([x, x[:, :8]], 1).view(13, 16, 1, dim) for x in (k, v))  # 12 pages and a half
         options["page_table"] = torch.arange(13, dtype=torch.int32)[None]
         options["seqused_k"] = torch.tensor([200], dtype=torch.int32)
-    out, lse = launch.run(kernel, spec, q, k, v, causal=True, return_lse=True, **options)
+    out, lse = forward.run(kernel, spec, q, k, v, causal=True, return_lse=True, **options)
     return out, lse
 
 

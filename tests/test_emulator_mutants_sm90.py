@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
-from fmha_runtime import launch
 from fmha_runtime.device import emulator
 from fmha_runtime.kernels.spec import KernelSpec
+from fmha_runtime.ops.forward import plan as forward
 
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
 IN_FLIGHT = "wgmma: reads shared memory offset .* while a tma_load_4d to it"
@@ -142,7 +142,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     )
     k[:, 300:] = v[:, 300:] = float("nan")
     used = torch.tensor([300], dtype=torch.int32)
-    out = launch.run(kernel, spec, q, k, v, seqused_k=used)
+    out = forward.run(kernel, spec, q, k, v, seqused_k=used)
     assert isinstance(out, torch.Tensor)
     return (out,)
 

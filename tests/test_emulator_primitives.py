@@ -12,9 +12,10 @@ import pytest
 import torch
 from emulator_probe import aligned, run
 
-from fmha_runtime import config, obtain
+from fmha_runtime import config
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
+from fmha_runtime.ops import obtain
 from fmha_runtime.toolchain import nvcc
 
 LANE = np.arange(32)

@@ -25,11 +25,12 @@ from sm90_probe import (
 from test_emulator_primitives import signatures, wrapper_names
 from tma_probe import TMA_CASES, run_tma
 
-from fmha_runtime import config, obtain
+from fmha_runtime import config
 from fmha_runtime.device import tensor_map
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.device.tensor_map import Swizzle
 from fmha_runtime.kernels.spec import DType
+from fmha_runtime.ops import obtain
 from fmha_runtime.toolchain import nvcc
 
 SIZES = (32, 40, 64, 72, 104, 128, 176, 256)

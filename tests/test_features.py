@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import launch, reference
+from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem import alibi
 
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -115,7 +116,7 @@ def test_chunk_reciprocal_is_division():
         *(rng.randrange(1, top) for _ in range(99)),
     ]
     for chunk in chunks:
-        multiplier, shift = launch.chunk_reciprocal(chunk)
+        multiplier, shift = forward.chunk_reciprocal(chunk)
         assert 0 < multiplier < 1 << 31 and 0 <= shift < 32
         edges = [chunk * rng.randrange(1 + top // chunk) + e for e in (-1, 0, 1) for _ in range(20)]
         for p in [0, 1, top, *edges, *(rng.randrange(top) for _ in range(20))]:

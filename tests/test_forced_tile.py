@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import fmha_runtime
-from fmha_runtime import api, obtain, reference
+from fmha_runtime import api
 from fmha_runtime.device import driver
 from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, forced_tile, store
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import Arch, DType, KernelSpec, Mask
+from fmha_runtime.ops import obtain
+from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem import dispatch
 from fmha_runtime.problem.dispatch import Problem
 from fmha_runtime.toolchain import build

@@ -18,9 +18,10 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager, reference  # noqa: E402
+from fmha_runtime import eager  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
+from fmha_runtime.ops.forward import reference  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(fmha.__file__).resolve().parent.parent

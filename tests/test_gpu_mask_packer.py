@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import mask_packer, verify  # noqa: E402
+from fmha_runtime import verify  # noqa: E402
+from fmha_runtime.ops.pack import packer  # noqa: E402
 from fmha_runtime.problem import packed_mask  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -27,8 +28,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("via", ["cubin", "ptx"])
 def test_it_verifies(via):
-    mask_packer.prepare(0)  # builds it
-    found = verify.verify_kernel(mask_packer.spec_for(0), device="cuda:0", via=via)
+    packer.prepare(0)  # builds it
+    found = verify.verify_kernel(packer.spec_for(0), device="cuda:0", via=via)
     assert found.ok and not found.skipped, "\n".join(found.lines())
 
 

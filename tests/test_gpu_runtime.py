@@ -10,10 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import launch, obtain, reference  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import ArtifactError, DriverError, InputError  # noqa: E402
 from fmha_runtime.kernels import catalog, manifest  # noqa: E402
+from fmha_runtime.ops import obtain  # noqa: E402
+from fmha_runtime.ops.forward import plan as forward  # noqa: E402
+from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem import dispatch  # noqa: E402
 from fmha_runtime.toolchain import nvcc  # noqa: E402
 
@@ -199,7 +201,7 @@ def test_ptx_of_an_older_arch_runs():
     q, k, v = qkv()
     spec = fmha.KernelSpec.parse("fmha_fwd_sm80_bf16_d64")
     kernel = obtain.kernel(spec, device="cuda:0", via="ptx")
-    out = launch.run(kernel, spec, q, k, v, causal=True)
+    out = forward.run(kernel, spec, q, k, v, causal=True)
     assert error(out, reference.attention(q, k, v, causal=True)[0]) < 3e-3
 
 

@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 from stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import launch  # noqa: E402
 from fmha_runtime.device import driver, tensor_map  # noqa: E402
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.kernels import params  # noqa: E402
 from fmha_runtime.kernels.spec import Arch  # noqa: E402
+from fmha_runtime.ops.forward import plan as forward  # noqa: E402
 from fmha_runtime.problem import tensors  # noqa: E402
 
 
@@ -290,12 +290,12 @@ def test_a_plan_takes_what_its_guard_does_not_know(stub, monkeypatch, guards):
     monkeypatch.setattr(tensors, "guard", lambda *given: made.append(given) or real(*given))
     q, k, v = qkv()
     plan = fmha.plan(q, k, v)
-    for _ in range(3 * launch.GUARDS):
+    for _ in range(3 * forward.GUARDS):
         plan.run(q, k, v)
         with torch.inference_mode():
             plan.run(*qkv())
         plan.run(torch.nn.Parameter(q, requires_grad=False), k, k)
-    assert len(made) == launch.GUARDS and len(stub.launches) == 9 * launch.GUARDS
+    assert len(made) == forward.GUARDS and len(stub.launches) == 9 * forward.GUARDS
     for wrong in (q[:, :64], q.half(), q.transpose(1, 2).contiguous().transpose(1, 2)):
         with pytest.raises(fmha.InputError, match=r"^q has \(shape, strides, dtype, device\).*this plan was made for"):
             plan.run(wrong, k, v)

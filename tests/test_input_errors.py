@@ -108,8 +108,8 @@ def test_no_driver_says_what_still_works(monkeypatch):
 
 
 def test_missing_kernel_names_the_command(monkeypatch, tmp_path):
-    from fmha_runtime import obtain
     from fmha_runtime.kernels.spec import KernelSpec
+    from fmha_runtime.ops import obtain
 
     monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FMHA_BUILD_ON_DEMAND", raising=False)
@@ -135,8 +135,8 @@ def test_a_head_dim_without_kernels_is_no_question_of_strides(d):
 def test_a_failed_build_on_demand_shows_the_compilers_error(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
-    from fmha_runtime import obtain
     from fmha_runtime.kernels.spec import KernelSpec
+    from fmha_runtime.ops import obtain
 
     error = fmha.BuildError("nvcc exited with 1", command="nvcc", log="boom")
     monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")

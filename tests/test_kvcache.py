@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import reference
+from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem.arguments import PAGE_SIZES
 
 GARBAGE = (-1, 1 << 30, -(1 << 31), 7_777_777)

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import config, mask_packer, obtain, verify, verify_pack
+from fmha_runtime import config, verify
 from fmha_runtime.device import driver
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import EmulatorFault, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import Arch, KernelSpec
+from fmha_runtime.ops import obtain
+from fmha_runtime.ops.pack import cases as verify_pack
+from fmha_runtime.ops.pack import packer
 from fmha_runtime.problem import packed_mask
 
 SPEC = catalog.pack_spec(Arch.SM90)
@@ -54,7 +57,7 @@ def test_every_stride_and_offset(batch, heads, rows, cols, offset, pad, seed, sh
         room = torch.ones(batch, heads, rows, offset + cols + pad, dtype=torch.bool)
         room[..., offset : offset + cols] = mask
         mask = room[..., offset : offset + cols]
-    assert same(mask_packer.run(kernel, mask), packed_mask.pack(mask))
+    assert same(packer.run(kernel, mask), packed_mask.pack(mask))
 
 
 @given(
@@ -66,14 +69,14 @@ def test_varlen(lens, heads, more, cols, seed):
     kernel = obtain.kernel(SPEC, device="emulator")
     cu = torch.tensor([0, *lens]).cumsum(0).int()
     mask = random_mask(heads, sum(lens) + more, cols, seed=seed)
-    got = mask_packer.run(kernel, mask, cu)
+    got = packer.run(kernel, mask, cu)
     assert same(got, packed_mask.pack(mask, cu_seqlens_q=cu))
     assert torch.equal(fmha.unpack_mask(got, cu_seqlens_q=cu), mask)
 
 
 def test_columns_beyond_one_word_of_blocks(kernel):
     mask = random_mask(1, 2, 70, 5000, share=0.0005)
-    got = mask_packer.run(kernel, mask)
+    got = packer.run(kernel, mask)
     assert got.any.shape == (1, 2, 2, 3)
     assert same(got, packed_mask.pack(mask))
 
@@ -81,13 +84,13 @@ def test_columns_beyond_one_word_of_blocks(kernel):
 @pytest.mark.parametrize("value", [1, 2, 127, 128, 255])
 def test_any_nonzero_byte_is_true(kernel, value):
     mask = random_mask(1, 1, 65, 131)
-    assert same(mask_packer.run(kernel, mask.to(torch.uint8) * value), packed_mask.pack(mask))
+    assert same(packer.run(kernel, mask.to(torch.uint8) * value), packed_mask.pack(mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float32, torch.bfloat16, torch.float64])
 def test_other_dtypes(kernel, dtype):
     mask = random_mask(1, 1, 5, 70).to(dtype) * -1  # zeros become -0.0
-    assert same(mask_packer.run(kernel, mask), packed_mask.pack(mask))
+    assert same(packer.run(kernel, mask), packed_mask.pack(mask))
 
 
 def test_numpy_and_torch_pack_alike():
@@ -101,30 +104,30 @@ def test_numpy_and_torch_pack_alike():
 def test_order_of_threads_does_not_matter():
     kernel, mask = obtain.kernel(SPEC, device="emulator"), random_mask(1, 1, 130, 300)
     for kernel.order in Order:
-        assert same(mask_packer.run(kernel, mask), packed_mask.pack(mask))
+        assert same(packer.run(kernel, mask), packed_mask.pack(mask))
 
 
 def test_wrong_lengths_stay_inside_the_mask(kernel):
     """cu_seqlens_q is not read on the host: sequences behind the tokens must not lead the kernel out of the mask."""
     mask = random_mask(1, 70, 90)
-    mask_packer.run(kernel, mask, torch.tensor([0, 50, 500], dtype=torch.int32))
+    packer.run(kernel, mask, torch.tensor([0, 50, 500], dtype=torch.int32))
 
 
 def test_shapes_that_are_none(kernel):
     with pytest.raises(InputError, match=r"\[Sq, Sk\] or \[B or 1, H or 1, Sq, Sk\]"):
-        mask_packer.run(kernel, random_mask(3, 4, 5))
+        packer.run(kernel, random_mask(3, 4, 5))
     with pytest.raises(InputError, match="varlen needs"):
-        mask_packer.run(kernel, random_mask(1, 3, 4, 5), torch.tensor([0, 4], dtype=torch.int32))
+        packer.run(kernel, random_mask(1, 3, 4, 5), torch.tensor([0, 4], dtype=torch.int32))
 
 
 def test_a_gpu_without_a_packer_is_named(monkeypatch):
     monkeypatch.setattr(driver, "capability", lambda index: (7, 5))
-    mask_packer.spec_for.cache_clear()
+    packer.spec_for.cache_clear()
     with pytest.raises(UnsupportedProblem, match=r"compute capability 7\.5"):
-        mask_packer.spec_for(0)
+        packer.spec_for(0)
     monkeypatch.setattr(driver, "capability", lambda index: (9, 0))
-    assert mask_packer.spec_for(0).name == "fmha_pack_sm90_u8"
-    mask_packer.spec_for.cache_clear()
+    assert packer.spec_for(0).name == "fmha_pack_sm90_u8"
+    packer.spec_for.cache_clear()
 
 
 MUTANTS = {
@@ -156,7 +159,7 @@ def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
         room = torch.randint(0, 3, (5 + 99 * 131,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         mask = room[5:].view(99, 131)
         try:
-            got = mask_packer.run(kernel, mask, lens)
+            got = packer.run(kernel, mask, lens)
         except EmulatorFault as error:
             said.append(str(error))
         else:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import reference
+from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem import packed_mask
 
 

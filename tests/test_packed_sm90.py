@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_every_order
 
 import fmha_runtime as fmha
-from fmha_runtime import launch, reference
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
+from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward import reference
 
 DEVICE = "emulator:sm90"
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
@@ -235,7 +236,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     mask[:64, 2048:2100] = False
     mask[64:128, 500:800] = random_mask(64, 300, seed=1)
     mask[:, 4249] = True
-    out = launch.run(kernel, spec, q, k, v, mask=mask)
+    out = forward.run(kernel, spec, q, k, v, mask=mask)
     assert isinstance(out, torch.Tensor)
     return (out,)
 

@@ -13,11 +13,13 @@ from test_emulator_mutants import Mutant, assert_caught, assert_the_same_in_ever
 from test_kvcache import LAYOUTS, paged, queries
 
 import fmha_runtime as fmha
-from fmha_runtime import launch, obtain, reference
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
+from fmha_runtime.ops import obtain
+from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem.arguments import PAGE_SIZES
 
 DEVICE = "emulator:sm90"
@@ -67,7 +69,7 @@ def test_tiles_that_begin_inside_a_page(keys, page):
     k, v, table, lengths = paged((270, 33), page, 1, 80)
     q = queries(2, 70, 2, 80)
     options = {"seqused_k": lengths, "page_table": table}
-    out = launch.run(obtain.kernel(SPEC, device="emulator", tile=tile), SPEC, q, k, v, tile=tile, **options)
+    out = forward.run(obtain.kernel(SPEC, device="emulator", tile=tile), SPEC, q, k, v, tile=tile, **options)
     ref, _ = reference.attention(q, k, v, **options)
     assert (out.double() - ref).norm() <= LIMIT[q.dtype] * ref.norm()
 
@@ -167,7 +169,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
         k, v, table, lengths = paged((70, 333), page, 2, spec.head_dim)
         q = queries(2, 200, 2, spec.head_dim)
         table = table[:, : -(-333 // page)].contiguous()
-        found.append(launch.run(kernel, spec, q, k, v, seqused_k=lengths, page_table=table))
+        found.append(forward.run(kernel, spec, q, k, v, seqused_k=lengths, page_table=table))
     return (torch.cat(found),)
 
 

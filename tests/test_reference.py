@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import fmha_runtime
-from fmha_runtime import reference
 from fmha_runtime.errors import InputError
+from fmha_runtime.ops.forward import reference
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

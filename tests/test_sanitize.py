@@ -14,13 +14,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fmha_runtime import launch, obtain, verify_pack
 from fmha_runtime.device import driver
 from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import KernelSpec, Op
-from fmha_runtime.verify_cases import cases
-from fmha_runtime.verify_check import CaseResult, Failure
+from fmha_runtime.ops import obtain
+from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward.cases import cases
+from fmha_runtime.ops.forward.check import CaseResult, Failure
+from fmha_runtime.ops.pack import cases as verify_pack
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "sanitize.py"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the checkout")
@@ -68,7 +70,7 @@ def test_planted_faults_are_faults(tool: Any, name: str, tmp_path: Path) -> None
     kernel = obtain.from_source(sources.render(spec, catalog.tile(spec)), spec.name, [tmp_path / "fmha"])
     q, k = (torch.randn(1, rows, 1, spec.head_dim).bfloat16() for rows in (113, 203))
     with pytest.raises(EmulatorFault):
-        launch.run(kernel, spec, q, k, k, return_lse=True)
+        forward.run(kernel, spec, q, k, k, return_lse=True)
 
 
 def test_the_cases_are_small_and_of_every_kind(tool: Any) -> None:

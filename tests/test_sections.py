@@ -11,8 +11,8 @@ import pytest
 
 from fmha_runtime.kernels import catalog
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op
+from fmha_runtime.ops.forward.sections import section_heads
 from fmha_runtime.problem.arguments import Options, Shape
-from fmha_runtime.sections import section_heads
 
 SLOTS, L2 = 132, 60 << 20
 CAUSAL, FULL = Options(window_right=0), Options()

@@ -13,8 +13,9 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager, obtain  # noqa: E402, obtain
+from fmha_runtime import eager  # noqa: E402, obtain
 from fmha_runtime.kernels.spec import KernelSpec  # noqa: E402
+from fmha_runtime.ops import obtain  # noqa: E402, obtain
 from fmha_runtime.problem import dispatch  # noqa: E402, obtain
 
 ROOT = Path(fmha.__file__).resolve().parent.parent

@@ -304,7 +304,8 @@ def test_packed_sequences_with_padding_are_refused():
 
 def dense(mask, batch):
     """The keys that a mask shows, bool [batch, queries, keys]: what the layers make of it."""
-    from fmha_runtime import reference, unpack_mask
+    from fmha_runtime import unpack_mask
+    from fmha_runtime.ops.forward import reference
 
     if mask.bits is not None:
         return unpack_mask(mask.bits)[:, 0].expand(batch, -1, -1)

@@ -18,10 +18,10 @@ from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.kernels import catalog, store
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from fmha_runtime.ops.forward.variants import variants
 from fmha_runtime.problem import dispatch
 from fmha_runtime.problem.dispatch import Problem
 from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord
-from fmha_runtime.tune_variants import variants
 from fmha_runtime.tune_worker import Job
 
 HOPPER = KernelSpec.parse("fmha_fwd_sm90a_bf16_d128")

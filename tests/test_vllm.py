@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import vllm_stub  # noqa: E402
 
-from fmha_runtime import reference  # noqa: E402
 from fmha_runtime.errors import InputError, UnsupportedProblem  # noqa: E402
 from fmha_runtime.integrations import vllm as adapter  # noqa: E402
+from fmha_runtime.ops.forward import reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

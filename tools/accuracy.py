@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import records, reference  # noqa: E402
+from fmha_runtime import records  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
+from fmha_runtime.ops.forward import reference  # noqa: E402
 
 SCHEMA = 1
 OURS = "ours"

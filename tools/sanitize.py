@@ -30,11 +30,14 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import config, launch, mask_packer, obtain, verify  # noqa: E402
+from fmha_runtime import config, verify  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import FmhaError  # noqa: E402
 from fmha_runtime.kernels import catalog  # noqa: E402
 from fmha_runtime.kernels.spec import KernelSpec, Op  # noqa: E402
+from fmha_runtime.ops import obtain  # noqa: E402
+from fmha_runtime.ops.forward import plan as forward  # noqa: E402
+from fmha_runtime.ops.pack import packer  # noqa: E402
 
 KERNELS = (
     "fmha_fwd_sm90_bf16_d64_packed_paged",
@@ -148,9 +151,9 @@ class Counting:
 
         self.launches += 1
         if self.spec.op is Op.PACK:
-            return mask_packer.run(self.kernel, q, k, **options)
+            return packer.run(self.kernel, q, k, **options)
         exact = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-        return launch.run(self.kernel, self.spec, *exact, **options)
+        return forward.run(self.kernel, self.spec, *exact, **options)
 
 
 def mutate(tool: str, folder: Path) -> None:

@@ -7,16 +7,16 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import config
-from .device import emulator, loader
-from .device.loader import Image, Kernel
-from .errors import BuildError, InputError, KernelNotBuilt
-from .kernels import catalog, manifest, sources, store
-from .kernels.catalog import Tile
-from .kernels.manifest import KernelRow
-from .kernels.spec import KernelSpec
-from .toolchain import build, gxx, ptx
-from .toolchain.nvcc import try_nvcc
+from .. import config
+from ..device import emulator, loader
+from ..device.loader import Image, Kernel
+from ..errors import BuildError, InputError, KernelNotBuilt
+from ..kernels import catalog, manifest, sources, store
+from ..kernels.catalog import Tile
+from ..kernels.manifest import KernelRow
+from ..kernels.spec import KernelSpec
+from ..toolchain import build, gxx, ptx
+from ..toolchain.nvcc import try_nvcc
 
 
 def kernel(

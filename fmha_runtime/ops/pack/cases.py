@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .errors import DriverError, EmulatorFault
-from .kernels.spec import KernelSpec
-from .problem import packed_mask
-from .problem.packed_mask import PackedMask
-from .verify_check import CaseResult, Failure
+from ...errors import DriverError, EmulatorFault
+from ...kernels.spec import KernelSpec
+from ...problem import packed_mask
+from ...problem.packed_mask import PackedMask
+from ..forward.check import CaseResult, Failure
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,15 +11,15 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from . import obtain
-from .device import driver, emulator, loader
-from .errors import DriverError, InputError, UnsupportedProblem
-from .kernels import catalog, params
-from .kernels.catalog import Tile
-from .kernels.spec import Arch, DType, KernelSpec, Op
-from .problem import arrays, dispatch, packed_mask, tensors
-from .problem.dispatch import Problem
-from .problem.packed_mask import BLOCK, PackedMask
+from ...device import driver, emulator, loader
+from ...errors import DriverError, InputError, UnsupportedProblem
+from ...kernels import catalog, params
+from ...kernels.catalog import Tile
+from ...kernels.spec import Arch, DType, KernelSpec, Op
+from ...problem import arrays, dispatch, packed_mask, tensors
+from ...problem.dispatch import Problem
+from ...problem.packed_mask import BLOCK, PackedMask
+from .. import obtain
 
 if TYPE_CHECKING:
     import torch

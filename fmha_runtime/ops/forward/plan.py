@@ -13,17 +13,18 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import config, emulated_launch
-from .device import driver, emulator, tensor_map
-from .device.loader import Kernel
-from .errors import DriverError, InputError, UnsupportedProblem
-from .kernels import catalog, params
-from .kernels.catalog import Tile
-from .kernels.params import UNLIMITED, FwdSm90Params, FwdTmaParams
-from .kernels.spec import KernelSpec
-from .problem import arguments, tensors
-from .problem.arguments import NO_EXTRAS, Extras, Options, Shape
-from .problem.packed_mask import PackedMask, pack
+from ... import config
+from ...device import driver, emulator, tensor_map
+from ...device.loader import Kernel
+from ...errors import DriverError, InputError, UnsupportedProblem
+from ...kernels import catalog, params
+from ...kernels.catalog import Tile
+from ...kernels.params import UNLIMITED, FwdSm90Params, FwdTmaParams
+from ...kernels.spec import KernelSpec
+from ...problem import arguments, tensors
+from ...problem.arguments import NO_EXTRAS, Extras, Options, Shape
+from ...problem.packed_mask import PackedMask, pack
+from .. import launcher
 from .sections import section_heads
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Plan:
         self._emulated = isinstance(kernel, emulator.Kernel)
         self._torch = torch
         if self._emulated:
-            self._device, self._empty = -1, emulated_launch.empty
+            self._device, self._empty = -1, launcher.empty
             self._current_device, self._current_stream = (lambda: -1), (lambda device: 0)
         else:  # bound once: each look-up would cost every call
             self._device, self._empty = kernel.device, tensors.allocator()
@@ -145,7 +146,7 @@ class Plan:
     def _machine(self) -> tuple[int, int]:
         """(CTAs that fit the GPU at once, bytes of its L2)"""
         if self._emulated:
-            return emulated_launch.SMS * self.tile.ctas_per_sm, emulated_launch.L2_BYTES
+            return launcher.SMS * self.tile.ctas_per_sm, launcher.L2_BYTES
         return driver.sm_count(self._device) * self.tile.ctas_per_sm, driver.l2_bytes(self._device)
 
     def _bind(self) -> None:
@@ -362,7 +363,7 @@ class Plan:
                     replace(slot, address)
             if self._emulated:
                 read = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
-                emulated_launch.launch(
+                launcher.launch(
                     self.kernel, self.grid, self._threads, self._smem, self._block, self._queued, read, (out, lse)
                 )
             else:

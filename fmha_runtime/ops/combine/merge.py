@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from ...errors import InputError
 
 if TYPE_CHECKING:
     import torch

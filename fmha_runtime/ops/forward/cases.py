@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
-from .kernels.spec import DType, KernelSpec, KvLayout, Mask, Score
-from .problem.arguments import PAGE_SIZES
+from ...errors import InputError
+from ...kernels.spec import DType, KernelSpec, KvLayout, Mask, Score
+from ...problem.arguments import PAGE_SIZES
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ import ctypes
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .device import emulator
-from .errors import EmulatorFault
-from .problem import tensors
+from ..device import emulator
+from ..errors import EmulatorFault
+from ..problem import tensors
 
 if TYPE_CHECKING:
     import torch

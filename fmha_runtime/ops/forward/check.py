@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ...errors import DriverError, EmulatorFault
+from ...kernels.spec import DType, KernelSpec
 from . import reference
-from .errors import DriverError, EmulatorFault
-from .kernels.spec import DType, KernelSpec
-from .verify_cases import Case, Inputs, inputs
+from .cases import Case, Inputs, inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .verify_pack import PackCase
+    from ..pack.cases import PackCase
 
 Runner = Callable[..., Any]
 """``runner(q, k, v, **options)`` with the options of ``launch.run``: returns out, or (out, lse)."""
