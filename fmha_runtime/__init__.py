@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "attention": "api",
-    "attention_varlen": "api",
-    "attention_with_kvcache": "api",
+    "attention": "calls.api",
+    "attention_varlen": "calls.api",
+    "attention_with_kvcache": "calls.api",
     "alibi_slopes": "problem.alibi",
     "PackedMask": "problem.packed_mask",
     "pack_mask": "ops.pack.packer",
     "unpack_mask": "problem.packed_mask",
-    "explain": "api",
-    "is_supported": "api",
-    "merge_states": "api",
-    "plan": "api",
-    "prepare": "api",
-    "register_torch_ops": "eager",
+    "explain": "calls.api",
+    "is_supported": "calls.api",
+    "merge_states": "calls.api",
+    "plan": "calls.api",
+    "prepare": "calls.api",
+    "register_torch_ops": "calls.route",
     "Plan": "ops.forward.plan",
     "Problem": "problem.dispatch",
     "Trace": "problem.dispatch",
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .api import (
+    from .calls.api import (
         attention,
         attention_varlen,
         attention_with_kvcache,
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
         plan,
         prepare,
     )
-    from .eager import register_torch_ops
+    from .calls.route import register_torch_ops
     from .errors import (
         ArtifactError,
         BuildError,

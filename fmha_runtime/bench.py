@@ -207,7 +207,7 @@ def host_times(device: str, peers: Sequence[str] = SDPA) -> list[HostTime]:
     """Microseconds of host time per call: ``attention()``, a prepared plan, and every peer."""
     import torch
 
-    from . import api
+    from .calls import api
 
     cell = Cell(DType.BF16, 128, 128, 128, False, grouped=(8, 8))
     q, k, v = (torch.randn(1, 128, 8, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
@@ -339,7 +339,7 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
 def ours(cell: Cell, x: Inputs, tile: str | None = None, plain_grid: bool = False) -> Runnable:
     """This library on the tensors of a cell; a forced tile runs by way of its plan, and so does ``plain_grid``: one CTA
     a query tile on Hopper."""
-    from . import api
+    from .calls import api
 
     tensors: dict[str, Any] = {"alibi_slopes": x.slopes, "mask": x.mask if cell.packed else None}
     options: dict[str, Any] = {

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fmha_runtime import eager
+from fmha_runtime.calls import route
 from fmha_runtime.device import driver, tensor_map
 from fmha_runtime.kernels import catalog, params
 from fmha_runtime.kernels.spec import Arch
@@ -68,8 +68,8 @@ class StubDevice:
         monkeypatch.setattr(driver, "queue_word", lambda device, stream: QUEUE + 4 * stream)
         monkeypatch.setattr(tensor_map, "encode", tensor_map.encode_emulated)
         monkeypatch.setattr(tensor_map, "replace_address", tensor_map.replace_address_emulated)
-        monkeypatch.setattr(eager, "make_plan", self._make_plan)
-        monkeypatch.setattr(eager, "_plans", {})
+        monkeypatch.setattr(route, "make_plan", self._make_plan)
+        monkeypatch.setattr(route, "_plans", {})
 
     @contextlib.contextmanager
     def _switch(self, device):
@@ -78,7 +78,7 @@ class StubDevice:
         self.current = before
 
     def _make_plan(self, q, k, v, lengths, options, extras, out, device, stream, fallback, tile=None):
-        shape, opts = eager.checked(q, k, v, lengths, extras, out), arguments.options(**options)
-        spec = dispatch.choose(eager.problem(self.arch, q, shape, opts, extras)).spec
+        shape, opts = route.checked(q, k, v, lengths, extras, out), arguments.options(**options)
+        spec = dispatch.choose(route.problem(self.arch, q, shape, opts, extras)).spec
         given = (lengths[0], lengths[1], lengths[4])
         return forward.Plan(_Kernel(spec, self), spec, catalog.tile(spec), shape, opts, q, k, v, out, extras, given)

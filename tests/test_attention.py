@@ -137,15 +137,15 @@ def test_hopper_kernels_on_the_emulator():
 
 
 def test_plans_are_cached_by_geometry_and_options():
-    from fmha_runtime import eager
+    from fmha_runtime.calls import route
 
     q, k, v = qkv(1, 20, 20, 1, 1, 64)
     fmha.attention(q, k, v, device="emulator")
-    before = len(eager._plans)
+    before = len(route._plans)
     fmha.attention(q.clone(), k.clone(), v.clone(), device="emulator")
-    assert len(eager._plans) == before
+    assert len(route._plans) == before
     fmha.attention(q, k, v, causal=True, device="emulator")
-    assert len(eager._plans) == before + 1
+    assert len(route._plans) == before + 1
 
 
 def test_cpu_tensors_take_the_reference_with_the_same_semantics():

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import api, bench, bench_cells, bench_peers, plots
+from fmha_runtime import bench, bench_cells, bench_peers, plots
 from fmha_runtime.bench import Runnable
 from fmha_runtime.bench_cells import Cell, Inputs
 from fmha_runtime.bench_provider import Peer
 from fmha_runtime.bench_record import BenchRecord, HostTime, Timing
+from fmha_runtime.calls import api
 from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError, KernelNotBuilt
 from fmha_runtime.kernels.spec import DType
 from fmha_runtime.ops.forward.reference import attention, band

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fmha_runtime import api
+from fmha_runtime.calls import api
 from fmha_runtime.errors import InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog
 from fmha_runtime.kernels.spec import Arch, DType, KvLayout, Mask, Op, Score

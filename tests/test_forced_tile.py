@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fmha_runtime
-from fmha_runtime import api
+from fmha_runtime.calls import api
 from fmha_runtime.device import driver
 from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, forced_tile, store

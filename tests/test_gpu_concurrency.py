@@ -18,7 +18,7 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager  # noqa: E402
+from fmha_runtime.calls import route  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
 from fmha_runtime.ops.forward import reference  # noqa: E402
@@ -58,7 +58,7 @@ def synchronize():
 def forget():
     """As in a fresh process: no plan is made and no kernel is loaded."""
     synchronize()
-    eager._plans.clear()
+    route._plans.clear()
     driver._kernels.clear()
 
 

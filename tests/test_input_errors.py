@@ -147,8 +147,8 @@ def test_a_failed_build_on_demand_shows_the_compilers_error(monkeypatch, tmp_pat
 
 
 def test_a_gpu_without_kernels_is_told_which_have_some(monkeypatch):
-    from fmha_runtime import eager
+    from fmha_runtime.calls import route
 
-    monkeypatch.setattr(eager.driver, "capability", lambda index: (10, 0))
+    monkeypatch.setattr(route.driver, "capability", lambda index: (10, 0))
     with pytest.raises(fmha.UnsupportedProblem, match=r"8\.0, 8\.6, 8\.9, 9\.0, 12\.0\. fallback='torch'"):
-        eager.arch_of(0)
+        route.arch_of(0)

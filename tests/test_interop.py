@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager  # noqa: E402
+from fmha_runtime.calls import route  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
 from fmha_runtime.problem import arrays  # noqa: E402
 
@@ -168,7 +168,7 @@ def test_no_argument_is_lost_on_the_way(monkeypatch):
     passed = []
     monkeypatch.setattr(arrays, "call", lambda function, arrays, stream: passed.append(set(arrays)))
     fmha.attention(*numpy_qkv())
-    assert passed == [set(inspect.signature(eager.run).parameters) - {"traced"}]
+    assert passed == [set(inspect.signature(route.run).parameters) - {"traced"}]
     q, k, v = numpy_qkv()
     monkeypatch.undo()
     with pytest.raises(InputError, match="tile"):

@@ -13,7 +13,7 @@ from threads import at_once
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager  # noqa: E402, obtain
+from fmha_runtime.calls import route  # noqa: E402, obtain
 from fmha_runtime.kernels.spec import KernelSpec  # noqa: E402
 from fmha_runtime.ops import obtain  # noqa: E402, obtain
 from fmha_runtime.problem import dispatch  # noqa: E402, obtain
@@ -31,11 +31,11 @@ def test_first_calls_at_once(monkeypatch, device):
     """Nobody has planned anything yet, and all ask for the same few problems."""
     inputs = [qkv(i % 2) for i in range(8)]
     want = [fmha.attention(*qkv(i), causal=True, device=device) for i in range(2)]
-    monkeypatch.setattr(eager, "_plans", {})
+    monkeypatch.setattr(route, "_plans", {})
     dispatch._walk.cache_clear()
     results = at_once(lambda i: fmha.attention(*inputs[i], causal=True, device=device), 8)
     assert all(torch.equal(out, want[i % 2]) for i, out in enumerate(results))
-    assert len(eager._plans) == (device is not None)
+    assert len(route._plans) == (device is not None)
 
 
 @pytest.mark.parametrize("device", ["emulator", "emulator:sm90"])
@@ -52,8 +52,8 @@ def test_one_plan_for_many_threads(device):
 
 
 def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
-    monkeypatch.setattr(eager, "_plans", {})
-    monkeypatch.setattr(eager, "_PLAN_LIMIT", 2)
+    monkeypatch.setattr(route, "_plans", {})
+    monkeypatch.setattr(route, "_PLAN_LIMIT", 2)
     want = {sq: fmha.attention(*qkv(1, sq), device="emulator") for sq in range(1, 7)}
     results = at_once(lambda i: [fmha.attention(*qkv(1, 1 + (i + n) % 6), device="emulator") for n in range(12)], 4)
     for i, outs in enumerate(results):

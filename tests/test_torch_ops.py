@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import eager, torch_ops  # noqa: E402
+from fmha_runtime.calls import route, torch_ops  # noqa: E402
 
 ROOT = Path(fmha.__file__).resolve().parent.parent
 H, HK, D, S = 4, 2, 64, 17
@@ -320,7 +320,7 @@ def test_export():
 
 
 def test_eager_calls_go_past_the_dispatcher(monkeypatch):
-    monkeypatch.setattr(eager, "_trace", lambda *_: pytest.fail("an eager call was traced"))
+    monkeypatch.setattr(route, "_trace", lambda *_: pytest.fail("an eager call was traced"))
     fmha.attention(*dense(2))
     fmha.attention(torch.nn.Parameter(dense(2)[0], requires_grad=False), *dense(2)[1:])
     fmha.attention_varlen(*varlen(2), varlen(2)[3], S, S)

@@ -23,9 +23,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedProblem
-from .ops.forward.plan import NO_BACKWARD
-from .problem.packed_mask import PackedMask
+from ..errors import UnsupportedProblem
+from ..ops.forward.plan import NO_BACKWARD
+from ..problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:
     import torch

@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ..device import driver, loader
+from ..errors import InputError, UnsupportedProblem
+from ..kernels.spec import Arch
+from ..ops import obtain
+from ..ops.combine.merge import merge
+from ..ops.forward import reference
+from ..ops.forward.plan import Plan
+from ..ops.pack import packer
+from ..problem import arguments, arrays, dispatch, tensors
+from ..problem.arguments import NO_EXTRAS, Extras
+from ..problem.dispatch import Problem
+from ..problem.packed_mask import unpack_mask
 from . import torch_ops
-from .device import driver, loader
-from .errors import InputError, UnsupportedProblem
-from .kernels.spec import Arch
-from .ops import obtain
-from .ops.combine.merge import merge
-from .ops.forward import reference
-from .ops.forward.plan import Plan
-from .ops.pack import packer
-from .problem import arguments, arrays, dispatch, tensors
-from .problem.arguments import NO_EXTRAS, Extras
-from .problem.dispatch import Problem
-from .problem.packed_mask import unpack_mask
 
 _PLAN_LIMIT = 4096
 _plans: dict[Any, Plan] = {}

@@ -16,19 +16,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import eager
-from .device import loader
-from .errors import FmhaError, InputError
-from .kernels.spec import Arch, Mask
-from .ops import obtain
-from .ops.combine import merge
-from .ops.forward import plan as forward
-from .ops.forward.plan import Plan
-from .ops.pack import packer
-from .problem import arguments, arrays, dispatch
-from .problem.arguments import Extras
-from .problem.dispatch import Problem, Trace
-from .problem.packed_mask import PackedMask
+from ..device import loader
+from ..errors import FmhaError, InputError
+from ..kernels.spec import Arch, Mask
+from ..ops import obtain
+from ..ops.combine import merge
+from ..ops.forward import plan as forward
+from ..ops.forward.plan import Plan
+from ..ops.pack import packer
+from ..problem import arguments, arrays, dispatch
+from ..problem.arguments import Extras
+from ..problem.dispatch import Problem, Trace
+from ..problem.packed_mask import PackedMask
+from . import route
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def attention(
         ArtifactError: the cubin on disk is damaged.
         DriverError: no driver, or the driver refused the launch.
     """
-    return eager.run(
+    return route.run(
         q, k, v, None, None, None, None, causal, window, scale, softcap, attention_chunk, alibi_slopes, sinks, None,
         mask, seqused_k, out, return_lse, device, stream, fallback, False, tile,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def attention_varlen(
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise InputError("attention_varlen needs cu_seqlens_q and cu_seqlens_k; without them call attention()")
-    return eager.run(
+    return route.run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, softcap,
         attention_chunk, alibi_slopes, sinks, None, mask, seqused_k, out, return_lse, device, stream, fallback,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def attention_with_kvcache(
         cache_seqlens = torch.full((batch.shape[0],), cache_seqlens, dtype=torch.int32, device=device_q)
     if cache_seqlens is None:
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
-    return eager.run(
+    return route.run(
         q, k_cache, v_cache, cu_seqlens_q, None, max_seqlen_q, None, causal, window, scale, softcap, attention_chunk,
         alibi_slopes, sinks, page_table, mask, cache_seqlens, out, return_lse, device, stream, fallback, True,
     )  # fmt: skip
@@ -259,7 +259,7 @@ def plan(
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": attention_chunk
     }  # fmt: skip
     extras = Extras(alibi_slopes, sinks, page_table, packer.packed(mask, cu_seqlens_q))
-    made = eager.make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
+    made = route.make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
     if made is None:
         raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
     return made
@@ -321,14 +321,14 @@ def explain(
         return dispatch.trace(q, tile)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
     extras = Extras(alibi_slopes, sinks, page_table, forward.packed(mask, cu_seqlens_q))
-    shape = eager.checked(q, k, v, lengths, extras)
+    shape = route.checked(q, k, v, lengths, extras)
     opts = arguments.options(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
     )
     emulated = loader.emulated_arch(device)
     on_cpu = q.device.type == "cpu"
-    arch = emulated or (Arch.SM80 if on_cpu else eager.arch_of(q.device.index))
-    return dispatch.trace(eager.problem(arch, q, shape, opts, extras), tile)
+    arch = emulated or (Arch.SM80 if on_cpu else route.arch_of(q.device.index))
+    return dispatch.trace(route.problem(arch, q, shape, opts, extras), tile)
 
 
 def is_supported(*args: Any, **kwargs: Any) -> list[str]:
@@ -364,7 +364,7 @@ def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
     if any(map(arrays.foreign, (*outs, *lses))):
         return arrays.merge(merge_states, outs, lses)
     merge.check(outs, lses)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or eager.dispatches(outs[0]):
-        eager.register_torch_ops()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or route.dispatches(outs[0]):
+        route.register_torch_ops()
         return torch.ops.fmha.merge(list(outs), list(lses))
     return merge.merge(outs, lses)
