@@ -320,8 +320,8 @@ def verify(
 
     On a GPU without --arch or names: the kernels of that GPU's arch.
     """
-    from . import verify as verifier
     from .kernels import ledger
+    from .verify import run as verifier
 
     if sanitizer is not None:
         argv = verifier.sanitizer_argv(sanitizer, selection.without("--sanitizer", sys.argv[1:]))

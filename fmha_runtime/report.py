@@ -20,7 +20,7 @@ from .toolchain.build import BuildResult
 from .toolchain.check import Checked
 
 if TYPE_CHECKING:
-    from .verify import Report
+    from .verify.run import Report
 
 SCHEMA = 1
 LIST_HEADER = ("kernel", "arch", "tile", "smem", "regs", "from", "verified", "state")

@@ -45,9 +45,9 @@ def check(job: Job, send: Send) -> bool:
     """Hold every variant to the number rule of verify.py, on its quick cases. False: the context is lost."""
     import torch
 
-    from . import verify
     from .ops import obtain
     from .ops.forward import plan as forward
+    from .verify import run as verifier
 
     spec = KernelSpec.parse(job.kernel)
     if job.device.startswith("cuda"):  # opening the GPU takes seconds, which are not the first variant's
@@ -66,7 +66,7 @@ def check(job: Job, send: Send) -> bool:
             def run(q: Tensor, k: Tensor, v: Tensor, kernel: Any = kernel, tile: Tile = tile, **options: Any) -> Any:
                 return forward.run(kernel, spec, q, k, v, tile=tile, **options)
 
-            report = verify.verify_kernel(spec, device=job.device, quick=True, runner=run)
+            report = verifier.verify_kernel(spec, device=job.device, quick=True, runner=run)
         except DriverError as error:
             send(("checked", variant, "fault", str(error)))
             return False

@@ -376,7 +376,7 @@ def hopper(monkeypatch):
 
 
 def test_the_default_arch_is_the_gpus(hopper, monkeypatch):
-    from fmha_runtime import verify
+    from fmha_runtime.verify import run as verifier
 
     asked = []
 
@@ -384,7 +384,7 @@ def test_the_default_arch_is_the_gpus(hopper, monkeypatch):
         asked.append((spec, options["device"], options["via"]))
         raise KernelNotBuilt("not built; run `fmha build`", name=spec.name, command="fmha build")
 
-    monkeypatch.setattr(verify, "verify_kernel", run)
+    monkeypatch.setattr(verifier, "verify_kernel", run)
     result = fmha("verify", "--head-dim", "64", *PLAIN)
     assert result.exit_code == 1
     assert [(spec.name, device, via) for spec, device, via in asked] == [
@@ -446,10 +446,10 @@ def test_verify_reports_failure(monkeypatch):
 
 
 def test_sanitizer_replaces_the_process(monkeypatch):
-    from fmha_runtime import verify
+    from fmha_runtime.verify import run as verifier
 
     called = []
-    monkeypatch.setattr(verify.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(verifier.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(cli.os, "execvp", lambda file, argv: called.append(argv) or sys.exit(0))
     words = ["verify", SMALL, "--sanitizer", "memcheck", "--quick"]
     monkeypatch.setattr(sys, "argv", ["fmha", *words])

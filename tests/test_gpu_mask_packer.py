@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime import verify  # noqa: E402
 from fmha_runtime.ops.pack import packer  # noqa: E402
 from fmha_runtime.problem import packed_mask  # noqa: E402
+from fmha_runtime.verify import run as verifier  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +29,7 @@ def same(a, b):
 @pytest.mark.parametrize("via", ["cubin", "ptx"])
 def test_it_verifies(via):
     packer.prepare(0)  # builds it
-    found = verify.verify_kernel(packer.spec_for(0), device="cuda:0", via=via)
+    found = verifier.verify_kernel(packer.spec_for(0), device="cuda:0", via=via)
     assert found.ok and not found.skipped, "\n".join(found.lines())
 
 

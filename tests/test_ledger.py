@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fmha_runtime import records, verify
+from fmha_runtime import records
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, ledger, sources, store
 from fmha_runtime.kernels.ledger import Ledger
 from fmha_runtime.kernels.manifest import KernelRow
 from fmha_runtime.kernels.spec import Arch, KernelSpec
+from fmha_runtime.verify import run as verifier
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = KernelSpec.parse("fmha_fwd_sm90_bf16_d64")
@@ -42,7 +43,7 @@ def record(spec: KernelSpec = SPEC, how: str = "cubin") -> ledger.Record:
         evidence={"cubin": row(spec).sha256, "ptx": row(spec).ptx_sha256, "emulator": emulated}[how],
         code=sources.code(spec, tile),
         tile=str(tile),
-        suite=verify.suite(spec),
+        suite=verifier.suite(spec),
         nvcc=None if how == "emulator" else "13.0.88",
         device="CPU emulator" if how == "emulator" else "Some GPU",
         capability=None if how == "emulator" else "9.0",

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime import config, verify
+from fmha_runtime import config
 from fmha_runtime.device import driver
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import EmulatorFault, InputError, UnsupportedProblem
@@ -24,6 +24,7 @@ from fmha_runtime.ops import obtain
 from fmha_runtime.ops.pack import cases as verify_pack
 from fmha_runtime.ops.pack import packer
 from fmha_runtime.problem import packed_mask
+from fmha_runtime.verify import run as verifier
 
 SPEC = catalog.pack_spec(Arch.SM90)
 
@@ -170,7 +171,7 @@ def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
 # --- verification
 
 
-def report(change: Any) -> verify.Report:
+def report(change: Any) -> verifier.Report:
     """Of a packer that is right but for ``change(words, any)``."""
 
     def run(mask: Any, cu: Any, out: Any = None) -> fmha.PackedMask:
@@ -181,7 +182,7 @@ def report(change: Any) -> verify.Report:
         change(words, seen)
         return fmha.PackedMask(words, seen, right.rows, right.cols, right.sequences)
 
-    return verify.verify_kernel(SPEC, device="emulator", quick=True, runner=run)
+    return verifier.verify_kernel(SPEC, device="emulator", quick=True, runner=run)
 
 
 def test_verification_passes_a_right_packer():
@@ -220,9 +221,9 @@ def test_verification_fails_a_wrong_packer(change, check):
 def test_cases_of_every_kind():
     found = verify_pack.cases()
     assert [c.id for c in found] == list(range(len(found)))
-    assert verify.cases(SPEC) == found
+    assert verifier.cases(SPEC) == found
     assert {c.layout for c in found} == set(verify_pack.LAYOUTS)
-    assert verify.parse_case("fmha_pack_sm90_u8/3") == (SPEC, 3)
+    assert verifier.parse_case("fmha_pack_sm90_u8/3") == (SPEC, 3)
     for layout in verify_pack.LAYOUTS:
         case = next(c for c in found if c.layout == layout and c.rows > 60 and c.cols > 60 and not c.lens)
         one, two = (verify_pack.inputs(SPEC, case, "cpu")[0] for _ in "ab")
@@ -230,6 +231,6 @@ def test_cases_of_every_kind():
 
 
 def test_the_kernel_verifies_on_the_emulator():
-    found = verify.verify_kernel(KernelSpec.parse("fmha_pack_sm80_u8"), device="emulator", quick=True)
+    found = verifier.verify_kernel(KernelSpec.parse("fmha_pack_sm80_u8"), device="emulator", quick=True)
     assert found.ok, "\n".join(found.lines())
-    assert verify.to_record(verify.Report(SPEC, "emulator", "cubin", True, found.results)).worst_ratio == 0
+    assert verifier.to_record(verifier.Report(SPEC, "emulator", "cubin", True, found.results)).worst_ratio == 0

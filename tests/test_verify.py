@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import verify
 from fmha_runtime.device.loader import Image
 from fmha_runtime.errors import EmulatorFault, InputError, ToolchainError
 from fmha_runtime.kernels import catalog, sources
@@ -24,6 +23,7 @@ from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.ops.forward.cases import cases
 from fmha_runtime.ops.forward.check import CaseResult
+from fmha_runtime.verify import run as verifier
 
 SPEC = KernelSpec.parse("fmha_fwd_sm80_bf16_d40")
 Kernel = Callable[..., Any]
@@ -76,8 +76,8 @@ def ignoring(*names: str) -> Kernel:
     return run
 
 
-def report(kernel: Kernel, spec: KernelSpec = SPEC) -> verify.Report:
-    return verify.verify_kernel(spec, device="emulator", quick=True, runner=kernel)
+def report(kernel: Kernel, spec: KernelSpec = SPEC) -> verifier.Report:
+    return verifier.verify_kernel(spec, device="emulator", quick=True, runner=kernel)
 
 
 def checks(kernel: Kernel) -> set[str]:
@@ -105,7 +105,7 @@ def test_the_low_precision_baseline_itself_passes_the_max_rule() -> None:
         lse = base_lse if lse is None else lse.copy_(base_lse)
         return (base, lse) if return_lse else base
 
-    result = verify.check_case(SPEC, case, "cpu", run)
+    result = verifier.check_case(SPEC, case, "cpu", run)
     assert not {f.check for f in result.failures} & {"output", "canary", "repeat", "empty rows"}
     assert result.ratio <= 0.5
 
@@ -343,12 +343,12 @@ def test_another_kernel_has_other_inputs() -> None:
 
 
 def test_a_case_is_replayed_by_its_name() -> None:
-    assert verify.parse_case(f"{SPEC.name}/7") == (SPEC, 7)
-    found = verify.verify_kernel(SPEC, device="emulator", case=7, runner=right)
+    assert verifier.parse_case(f"{SPEC.name}/7") == (SPEC, 7)
+    found = verifier.verify_kernel(SPEC, device="emulator", case=7, runner=right)
     assert [r.case.id for r in found.results] == [7] and found.ok
     for text in (SPEC.name, f"{SPEC.name}/x", "nonsense/1", f"{SPEC.name}/9999"):
         with pytest.raises(InputError):
-            verify.parse_case(text)
+            verifier.parse_case(text)
 
 
 def test_kernels_without_cases_are_refused() -> None:
@@ -367,11 +367,11 @@ def test_cases_too_large_for_the_emulator_are_skipped_and_said() -> None:
 def test_only_a_complete_passing_report_is_recorded() -> None:
     results = tuple(CaseResult(c, "ok", max_error=1.0, allowed=2.0, rel_l2=2e-3) for c in cases(SPEC))
     ran = Image(SPEC, catalog.tile(SPEC), "emulator", Path("a.so"), "e" * 64)
-    complete = verify.Report(SPEC, "emulator", "cubin", True, results, ran)
-    record = verify.to_record(complete)
+    complete = verifier.Report(SPEC, "emulator", "cubin", True, results, ran)
+    record = verifier.to_record(complete)
     assert (record.name, record.how, record.cases) == (SPEC.name, "emulator", len(results))
     assert (record.worst_ratio, record.worst_rel_l2) == (0.5, 2e-3)
-    assert (record.evidence, record.suite) == (ran.evidence, verify.suite(SPEC))
+    assert (record.evidence, record.suite) == (ran.evidence, verifier.suite(SPEC))
     assert record.code == sources.code(SPEC, catalog.tile(SPEC))
     failed = replace(results[0], word="FAIL")
     for broken in (
@@ -381,14 +381,14 @@ def test_only_a_complete_passing_report_is_recorded() -> None:
         replace(complete, image=None),  # whatever that runner ran
     ):
         with pytest.raises(InputError, match="cannot be recorded"):
-            verify.to_record(broken)
+            verifier.to_record(broken)
 
 
 def test_the_suite_is_the_cases_and_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    present, other = verify.suite(SPEC), KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
-    assert present == verify.suite(other)
-    assert present != verify.suite(replace(SPEC, score=Score.SOFTCAP))
-    assert present != verify.suite(KernelSpec.parse(SPEC.name.replace("bf16", "fp16")))
+    present, other = verifier.suite(SPEC), KernelSpec.parse("fmha_fwd_sm90_bf16_d128")
+    assert present == verifier.suite(other)
+    assert present != verifier.suite(replace(SPEC, score=Score.SOFTCAP))
+    assert present != verifier.suite(KernelSpec.parse(SPEC.name.replace("bf16", "fp16")))
     for module, name, value in (
         (verify_check, "LSE_LIMIT", 1e-2),
         (verify_check, "ERROR_FACTOR", 3),
@@ -398,28 +398,28 @@ def test_the_suite_is_the_cases_and_the_limits(monkeypatch: pytest.MonkeyPatch) 
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            assert verify.suite(SPEC) != present, name
-    assert verify.suite(SPEC) == present
+            assert verifier.suite(SPEC) != present, name
+    assert verifier.suite(SPEC) == present
 
 
 def test_what_ran_is_what_is_recorded() -> None:
     small = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
-    found = verify.verify_kernel(small, device="emulator", case=0)
+    found = verifier.verify_kernel(small, device="emulator", case=0)
     assert found.image is not None and found.image.how == "emulator"
     assert found.image.evidence == sources.emulated_code(small, catalog.tile(small))
 
 
 def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
-    argv = verify.sanitizer_argv("racecheck", ["verify", SPEC.name])
+    argv = verifier.sanitizer_argv("racecheck", ["verify", SPEC.name])
     assert argv[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
     assert argv[argv.index("--kernel-name") + 1] == "kns=fmha_", "the reference's kernels are not instrumented"
     assert argv[-6:] == ["-m", "fmha_runtime", "verify", SPEC.name, "--reference-device", "cpu"]
     with pytest.raises(InputError, match="memcheck"):
-        verify.sanitizer_argv("leakcheck", [])
+        verifier.sanitizer_argv("leakcheck", [])
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ToolchainError, match="PATH"):
-        verify.sanitizer_argv("memcheck", [])
+        verifier.sanitizer_argv("memcheck", [])
 
 
 @pytest.mark.parametrize(
@@ -430,6 +430,6 @@ def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.Monk
     ],
 )
 def test_kernels_are_right_on_the_emulator(name: str) -> None:
-    found = verify.verify_kernel(KernelSpec.parse(name), device="emulator", quick=True)
+    found = verifier.verify_kernel(KernelSpec.parse(name), device="emulator", quick=True)
     assert found.ok, "\n".join(found.lines())
     assert len(found.passed) >= 15

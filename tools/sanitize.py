@@ -30,7 +30,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fmha_runtime import config, verify  # noqa: E402
+from fmha_runtime import config  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import FmhaError  # noqa: E402
 from fmha_runtime.kernels import catalog  # noqa: E402
@@ -38,6 +38,7 @@ from fmha_runtime.kernels.spec import KernelSpec, Op  # noqa: E402
 from fmha_runtime.ops import obtain  # noqa: E402
 from fmha_runtime.ops.forward import plan as forward  # noqa: E402
 from fmha_runtime.ops.pack import packer  # noqa: E402
+from fmha_runtime.verify import run as verifier  # noqa: E402
 
 KERNELS = (
     "fmha_fwd_sm90_bf16_d64_packed_paged",
@@ -95,7 +96,7 @@ def judge(code: int | None, output: str) -> Outcome:
 
 def run(program: str, tool: str, words: Sequence[str], seconds: float) -> tuple[Outcome, str]:
     """This file as a worker under the sanitizer."""
-    command = [program, *verify.sanitizer_options(tool, FOUND), sys.executable, str(Path(__file__).resolve()), *words]
+    command = [program, *verifier.sanitizer_options(tool, FOUND), sys.executable, str(Path(__file__).resolve()), *words]
     # Without torch's cache every tensor is an allocation of its own, and the byte behind it is nobody's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FMHA_BUILD_ON_DEMAND": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -128,11 +129,11 @@ def work(spec: KernelSpec, tool: str, mutant: bool, quick: bool) -> int:
         driver.synchronize(0)
     else:
         wanted = PACK_CASES if spec.op is Op.PACK else CASES
-        for case in verify.cases(spec):
+        for case in verifier.cases(spec):
             if case.id in (wanted[:2] if quick else wanted):
                 # The reference on the CPU: beside its fp64 kernels on the same GPU racecheck (2025.3.1, case 90) ends
                 # in "Internal Sanitizer Error: failed to handle a hardware exception", though it is to see fmha_* only.
-                result = verify.check_case(spec, case, "cuda:0", runner, reference_device="cpu")
+                result = verifier.check_case(spec, case, "cuda:0", runner, reference_device="cpu")
                 wrong = wrong or result.word != "ok"
                 for failure in result.failures:
                     print(f"worker: case {case.id}: {failure}")
@@ -180,7 +181,7 @@ def load_mutant(tool: str) -> Any:
 
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--tool", "tools", multiple=True, type=click.Choice(verify.SANITIZERS), help="Default: all three.")
+@click.option("--tool", "tools", multiple=True, type=click.Choice(verifier.SANITIZERS), help="Default: all three.")
 @click.option("--seconds", default=120.0, show_default=True, help="Limit of one run.")
 @click.option("--quick", is_flag=True, help="Two cases instead of six.")
 @click.option("--no-mutants", is_flag=True, help="Do not first check that the tool finds a known fault.")
@@ -204,7 +205,7 @@ def main(
         click.echo("compute-sanitizer and a GPU are needed; the former comes with the CUDA toolkit", err=True)
         raise SystemExit(3)
     bad = 0
-    for tool in tools or verify.SANITIZERS:
+    for tool in tools or verifier.SANITIZERS:
         jobs = [] if no_mutants else [("faulty copy", ["--worker", tool, "--mutant"], "found")]
         more = ["--quick"] if quick else []
         jobs += [(spec.name, ["--worker", tool, spec.name, *more], "clean") for spec in specs]

@@ -16,10 +16,10 @@ from multiprocessing import get_context
 
 import click
 
-from fmha_runtime import verify
 from fmha_runtime.errors import FmhaError
 from fmha_runtime.kernels import catalog, ledger, sources, store
 from fmha_runtime.kernels.spec import Arch, KernelSpec
+from fmha_runtime.verify import run as verifier
 
 WAYS = ("cubin", "ptx", "emulator")
 
@@ -31,11 +31,11 @@ def one(spec: KernelSpec, way: str) -> tuple[str, ledger.Record | None]:
     torch.set_num_threads(1)
     device = "emulator" if way == "emulator" else "cuda:0"
     try:
-        report = verify.verify_kernel(spec, device=device, via="cubin" if way == "emulator" else way)
+        report = verifier.verify_kernel(spec, device=device, via="cubin" if way == "emulator" else way)
     except FmhaError as error:
         return f"FAIL  {spec.name}  {error}", None
     text = "\n".join(report.lines())
-    return text, verify.to_record(report) if report.ok else None
+    return text, verifier.to_record(report) if report.ok else None
 
 
 def parse(words: Iterable[str]) -> list[tuple[KernelSpec, str]]:
@@ -58,7 +58,7 @@ def recorded(spec: KernelSpec, way: str, known: ledger.Ledger) -> bool:
         row = store.locked(spec)
         current = row is not None and row.code == sources.code(spec, tile)
         evidence = (row.sha256 if way == "cubin" else row.ptx_sha256) if row is not None and current else None
-    wanted = (way, evidence, verify.suite(spec))
+    wanted = (way, evidence, verifier.suite(spec))
     return any((r.how, r.evidence, r.suite) == wanted for r in known.records.get(spec.name, ()))
 
 

@@ -18,21 +18,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import records
-from .errors import InputError, ToolchainError
-from .kernels import ledger, sources
-from .kernels.spec import KernelSpec, Op
-from .ops.forward import cases as verify_cases
-from .ops.forward import check as verify_check
-from .ops.forward.cases import EMULATOR_BUDGET, Case
-from .ops.forward.check import CaseResult, Runner
-from .ops.pack import cases as verify_pack
-from .ops.pack.cases import PackCase
+from .. import records
+from ..errors import InputError, ToolchainError
+from ..kernels import ledger, sources
+from ..kernels.spec import KernelSpec, Op
+from ..ops.forward import cases as verify_cases
+from ..ops.forward import check as verify_check
+from ..ops.forward.cases import EMULATOR_BUDGET, Case
+from ..ops.forward.check import CaseResult, Runner
+from ..ops.pack import cases as verify_pack
+from ..ops.pack.cases import PackCase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .device.loader import Image
+    from ..device.loader import Image
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
@@ -177,7 +177,7 @@ def verify_kernel(
     """
     image = None
     if runner is None:
-        from .ops import obtain
+        from ..ops import obtain
 
         image = obtain.image(spec, via="emulator" if _on_emulator(device) else via)
         runner = _launcher(image, device)
@@ -219,7 +219,7 @@ def to_record(report: Report) -> ledger.Record:
     capability = driver_version = None
     name = "CPU emulator"
     if report.how != "emulator":
-        from .device import driver
+        from ..device import driver
 
         info = driver.device_info(int(report.device.partition(":")[2] or 0))
         name, driver_version = info.name, info.driver_version
@@ -283,12 +283,12 @@ def _torch_device(device: str) -> str:
 
 
 def _launcher(image: Image, device: str) -> Runner:
-    from .device import loader
-    from .ops.forward import plan as forward
+    from ..device import loader
+    from ..ops.forward import plan as forward
 
     kernel = loader.load(image, 0 if _on_emulator(device) else int(device.partition(":")[2] or 0))
     if image.spec.op is Op.PACK:
-        from .ops.pack import packer
+        from ..ops.pack import packer
 
         return partial(packer.run, kernel)
 
