@@ -15,7 +15,7 @@ from fmha_runtime.errors import ArtifactError, DriverError, InputError  # noqa: 
 from fmha_runtime.kernels import catalog, manifest  # noqa: E402
 from fmha_runtime.ops import obtain  # noqa: E402
 from fmha_runtime.ops.forward import plan as forward  # noqa: E402
-from fmha_runtime.ops.forward import reference
+from fmha_runtime.ops.forward import reference  # noqa: E402
 from fmha_runtime.problem import dispatch  # noqa: E402
 from fmha_runtime.toolchain import nvcc  # noqa: E402
 

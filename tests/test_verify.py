@@ -394,7 +394,7 @@ def test_the_suite_is_the_cases_and_the_limits(monkeypatch: pytest.MonkeyPatch) 
         (verify_check, "ERROR_FACTOR", 3),
         (verify_check, "EDITION", verify_check.EDITION + 1),
         (verify_check, "REL_L2_LIMIT", dict.fromkeys(DType, 1e-2)),
-        (verify, "cases", lambda spec: verify_cases.cases(spec)[:-1]),
+        (verifier, "cases", lambda spec: verify_cases.cases(spec)[:-1]),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
