@@ -390,8 +390,8 @@ def bench(
 
     The axes (--dtype, --head-dim, --seqlens, --causal) make the standard grid, and leave cells out of the others.
     """
-    from . import bench as bencher
-    from . import bench_cells
+    from .bench import cells as bench_cells
+    from .bench import run as bencher
 
     cells = bench_cells.select(
         grid,
@@ -419,7 +419,7 @@ def bench(
         record.save(json_path)
         _say(f"wrote {json_path}")
     if png_path is not None:
-        from . import plots
+        from .bench import plots
 
         plots.speed(record, png_path)
         _say(f"wrote {png_path}")

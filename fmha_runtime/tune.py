@@ -15,8 +15,9 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from . import bench_peers, config, records, tune_worker
-from .bench_cells import SOFTCAP, Cell
+from . import config, records, tune_worker
+from .bench import peers as bench_peers
+from .bench.cells import SOFTCAP, Cell
 from .errors import DriverError, FmhaError
 from .kernels import catalog, sources
 from .kernels.catalog import Tile

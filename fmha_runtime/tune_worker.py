@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bench_cells import Cell
+from .bench.cells import Cell
 from .errors import DriverError, FmhaError
 from .kernels.catalog import Tile
 from .kernels.spec import KernelSpec
@@ -86,14 +86,15 @@ def measure(job: Job, send: Send) -> bool:
     """TFLOP/s of variants and peers in every cell. False: the context is lost."""
     import torch
 
-    from . import bench, bench_peers
-    from .bench_cells import inputs
-    from .bench_provider import Absent, Runnable
-    from .bench_record import OURS
+    from .bench import peers as bench_peers
+    from .bench import run as bencher
+    from .bench.cells import inputs
+    from .bench.provider import Absent, Runnable
+    from .bench.record import OURS
 
     spec = KernelSpec.parse(job.kernel)
     torch.cuda.set_device(job.device)
-    timer = bench.CudaTimer(job.device)
+    timer = bencher.CudaTimer(job.device)
     send(("ready",))
     for cell in job.cells:
         x = inputs(cell, job.device)
@@ -106,7 +107,7 @@ def measure(job: Job, send: Send) -> bool:
                     runnable = bench_peers.prepare(name, cell, x)
                 else:
                     tile = name.removesuffix(PLAIN)
-                    runnable = bench.ours(cell, x, f"{spec.arch.value} {tile}", plain_grid=tile != name)
+                    runnable = bencher.ours(cell, x, f"{spec.arch.value} {tile}", plain_grid=tile != name)
                 with runnable.context():
                     for _ in range(2):
                         out = runnable.output(runnable.call())
@@ -122,12 +123,12 @@ def measure(job: Job, send: Send) -> bool:
                 return False
             if name in job.peers:
                 outputs[name] = out
-            elif why := bench.wrong(cell, x, {**outputs, OURS: out}).get(OURS):
+            elif why := bencher.wrong(cell, x, {**outputs, OURS: out}).get(OURS):
                 send(("refused", cell.key, name, "wrong", why))
                 continue
             ready[name] = runnable
         send(("turns", cell.key))
-        found = bench.interleave(ready, timer, job.reps, job.seconds)
+        found = bencher.interleave(ready, timer, job.reps, job.seconds)
         speeds = {name: round(cell.flops / statistics.median(times) / 1e6, 1) for name, times in found.items()}
         send(("timed", cell.key, speeds))
     send(("end",))

@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from fmha_runtime import bench, bench_cells, bench_peers, plots
-from fmha_runtime.bench import Runnable
-from fmha_runtime.bench_cells import Cell, Inputs
-from fmha_runtime.bench_provider import Peer
-from fmha_runtime.bench_record import BenchRecord, HostTime, Timing
+from fmha_runtime.bench import cells as bench_cells
+from fmha_runtime.bench import peers as bench_peers
+from fmha_runtime.bench import plots
+from fmha_runtime.bench import run as bencher
+from fmha_runtime.bench.cells import Cell, Inputs
+from fmha_runtime.bench.provider import Peer
+from fmha_runtime.bench.record import BenchRecord, HostTime, Timing
+from fmha_runtime.bench.run import Runnable
 from fmha_runtime.calls import api
 from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError, KernelNotBuilt
 from fmha_runtime.kernels.spec import DType
@@ -83,7 +86,7 @@ def test_providers_take_turns_inside_their_contexts() -> None:
         entered.append("out")
 
     ready = {"a": Runnable(lambda: 1.0), "b": Runnable(lambda: 2.0, context)}
-    found = bench.interleave(ready, timer, 3, seconds=60)
+    found = bencher.interleave(ready, timer, 3, seconds=60)
     assert timer.order == [1.0, 2.0] * 3
     assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert entered == ["in", "out"] * 3
@@ -91,8 +94,8 @@ def test_providers_take_turns_inside_their_contexts() -> None:
 
 def test_the_time_cap_cuts_repetitions_but_not_below_the_minimum() -> None:
     ready = {"a": Runnable(lambda: 1.0)}
-    assert len(bench.interleave(ready, FakeTimer(), 20, seconds=0)["a"]) == bench.MIN_REPS
-    assert len(bench.interleave(ready, FakeTimer(), 20, seconds=60)["a"]) == 20
+    assert len(bencher.interleave(ready, FakeTimer(), 20, seconds=0)["a"]) == bencher.MIN_REPS
+    assert len(bencher.interleave(ready, FakeTimer(), 20, seconds=60)["a"]) == 20
 
 
 def test_a_cell_gives_medians_and_keeps_who_is_absent() -> None:
@@ -102,7 +105,7 @@ def test_a_cell_gives_medians_and_keeps_who_is_absent() -> None:
         "flash": Runnable(lambda: 7.0),
         "ours": Runnable(lambda: next(times), kernel="fmha_fwd_sm90_bf16_d64"),
     }
-    ours, cudnn, flash = bench.measure(cell, ready, {"cudnn": "no"}, FakeTimer(), 3, 60)
+    ours, cudnn, flash = bencher.measure(cell, ready, {"cudnn": "no"}, FakeTimer(), 3, 60)
     assert (ours.provider, ours.median_us, ours.best_us, ours.reps) == ("ours", 5.0, 1.0, 3)
     assert ours.tflops == round(cell.flops / 5e-6 / 1e12, 1)
     assert ours.kernel == "fmha_fwd_sm90_bf16_d64" and ours.peak_mib == 12.0
@@ -114,7 +117,7 @@ def test_a_backend_that_refuses_says_why() -> None:
     # torch's flash backend needs a GPU; on the CPU its refusal stands for all refusals.
     x = Inputs(*(torch.randn(1, 8, 2, 24, dtype=torch.float64) for _ in range(3)))
     cell = Cell(DType.BF16, 24, 24, 8, False)
-    with pytest.raises(bench.Absent) as caught:
+    with pytest.raises(bencher.Absent) as caught:
         bench_peers.prepare("efficient", cell, x)
     assert str(caught.value)
     for name, change, words in (
@@ -126,7 +129,7 @@ def test_a_backend_that_refuses_says_why() -> None:
         ("flash", {"alibi": True}, "mask tensor"),
         ("flash", {"packed": True}, "mask tensor"),
     ):
-        with pytest.raises(bench.Absent, match=words):
+        with pytest.raises(bencher.Absent, match=words):
             bench_peers.prepare(name, replace(cell, **change), x)
     runnable = bench_peers.prepare("math", cell, x)
     with runnable.context():
@@ -157,18 +160,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Cell:
 def test_our_call_computes_the_cell(small: Cell, feature: str) -> None:
     """On the CPU the calls of ours run in plain torch: the same arguments, held against the reference and a peer."""
     cell = replace(small, **FEATURES[feature])  # type: ignore[arg-type]
-    ready, absent = bench._prepare(replace(cell, packed=False), "cpu", ("math",))
+    ready, absent = bencher._prepare(replace(cell, packed=False), "cpu", ("math",))
     assert "CPU tensors" in absent["ours"]  # no plan without a GPU
     x = bench_cells.inputs(cell, "cpu")
     call = ours_on_cpu(cell, x)
-    assert bench.wrong(cell, x, {"ours": call}) == {}
-    assert "reference" in bench.wrong(cell, x, {"ours": call * 1.05})["ours"]
+    assert bencher.wrong(cell, x, {"ours": call}) == {}
+    assert "reference" in bencher.wrong(cell, x, {"ours": call * 1.05})["ours"]
     if "math" in ready:
         runnable = bench_peers.prepare("math", cell, x)
         with runnable.context():
             theirs = runnable.output(runnable.call())
         assert theirs.shape == call.shape
-        assert bench._distance(call, theirs) < (5e-3 if cell.alibi else 2e-3)
+        assert bencher._distance(call, theirs) < (5e-3 if cell.alibi else 2e-3)
     else:
         assert feature in {"window", "softcap", "varlen", "paged", "paged gqa"}
 
@@ -184,7 +187,7 @@ def ours_on_cpu(cell: Cell, x: Inputs) -> torch.Tensor:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "plan", lambda *_, **options: Plan)
-        result = bench.ours(cell, x).call()
+        result = bencher.ours(cell, x).call()
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -210,11 +213,11 @@ def test_a_wrong_result_is_not_timed(small: Cell, monkeypatch: pytest.MonkeyPatc
     def ours(cell: Cell, x: Inputs, tile: str | None) -> Runnable:
         return Runnable(lambda: attention(x.q, x.k, x.v, causal=cell.causal)[0].to(x.q.dtype) * factor)
 
-    monkeypatch.setattr(bench, "ours", ours)
-    ready, absent = bench._prepare(small, "cpu", ("cudnn", "math"))
+    monkeypatch.setattr(bencher, "ours", ours)
+    ready, absent = bencher._prepare(small, "cpu", ("cudnn", "math"))
     assert "math" in ready and "cudnn" in absent
     for peers in (("cudnn", "math"), ()):  # with nobody else the reference judges
-        ready, absent = bench._prepare(small, "cpu", peers)
+        ready, absent = bencher._prepare(small, "cpu", peers)
         assert ("ours" in ready) is agrees and ("math" in ready) is bool(peers)
         assert agrees or "wrong: relative L2 distance 5." in absent["ours"]
         assert agrees or "to the reference in sequence 0, head 0" in absent["ours"]
@@ -223,20 +226,20 @@ def test_a_wrong_result_is_not_timed(small: Cell, monkeypatch: pytest.MonkeyPatc
 def test_the_reference_says_which_of_two_is_wrong(small: Cell) -> None:
     x = bench_cells.inputs(small, "cpu")
     right = attention(x.q, x.k, x.v, causal=True)[0].half()
-    assert bench.wrong(small, x, {"ours": right, "flash": right, "cudnn": right}) == {}
+    assert bencher.wrong(small, x, {"ours": right, "flash": right, "cudnn": right}) == {}
     off = right * 1.05
-    assert list(bench.wrong(small, x, {"ours": right, "flash": right, "cudnn": off})) == ["cudnn"]
-    assert list(bench.wrong(small, x, {"ours": off, "flash": right})) == ["ours"]
-    assert list(bench.wrong(small, x, {"flash": off})) == ["flash"]
+    assert list(bencher.wrong(small, x, {"ours": right, "flash": right, "cudnn": off})) == ["cudnn"]
+    assert list(bencher.wrong(small, x, {"ours": off, "flash": right})) == ["ours"]
+    assert list(bencher.wrong(small, x, {"flash": off})) == ["flash"]
     between = right.clone()
     between[0, :, 1:] *= 1.05  # the reference looks at the first and the last head only
-    assert "to flash" in bench.wrong(small, x, {"ours": between, "flash": right})["ours"]
+    assert "to flash" in bencher.wrong(small, x, {"ours": between, "flash": right})["ours"]
     # Torch's mask tensor of ALiBi is rounded; a library with ALiBi of its own is not.
     alibi = replace(small, alibi=True)
     x = bench_cells.inputs(alibi, "cpu")
     right = attention(x.q, x.k, x.v, causal=True, alibi_slopes=x.slopes)[0].half()
-    assert bench.wrong(alibi, x, {"ours": right, "cudnn": right * 1.05}) == {}
-    assert list(bench.wrong(alibi, x, {"ours": right, "flash_attn": right * 1.05})) == ["flash_attn"]
+    assert bencher.wrong(alibi, x, {"ours": right, "cudnn": right * 1.05}) == {}
+    assert list(bencher.wrong(alibi, x, {"ours": right, "flash_attn": right * 1.05})) == ["flash_attn"]
 
 
 def test_a_packed_cell_is_held_against_the_band_kernel(small: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +249,9 @@ def test_a_packed_cell_is_held_against_the_band_kernel(small: Cell, monkeypatch:
         asked.append((cell.packed, cell.causal, tile))
         return Runnable(lambda: attention(x.q, x.k, x.v, causal=True)[0].to(x.q.dtype))
 
-    monkeypatch.setattr(bench, "ours", ours)
-    ready, _ = bench._prepare(replace(small, packed=True), "cpu", (), "sm90")
-    assert list(ready) == ["ours", bench.BAND]
+    monkeypatch.setattr(bencher, "ours", ours)
+    ready, _ = bencher._prepare(replace(small, packed=True), "cpu", (), "sm90")
+    assert list(ready) == ["ours", bencher.BAND]
     assert asked == [(True, True, "sm90"), (False, True, "sm90")]
 
 
@@ -259,8 +262,8 @@ def test_a_kernel_that_is_not_built_is_absent_with_the_command(
     def ours(*_: Any) -> Runnable:
         raise KernelNotBuilt("build it with\n  fmha build x", name="x", command="fmha build x")
 
-    monkeypatch.setattr(bench, "ours", ours)
-    _, absent = bench._prepare(small, "cpu", ("math",))
+    monkeypatch.setattr(bencher, "ours", ours)
+    _, absent = bencher._prepare(small, "cpu", ("math",))
     assert absent == {"ours": "build it with fmha build x"}
 
 
@@ -269,7 +272,7 @@ def test_a_providers_own_error_is_on_record(small: Cell, monkeypatch: pytest.Mon
         raise AssertionError("head_dim must be 64")
 
     monkeypatch.setattr(bench_peers, "prepare", broken)
-    _, absent = bench._prepare(small, "cpu", ("math",))
+    _, absent = bencher._prepare(small, "cpu", ("math",))
     assert absent["math"] == "AssertionError: head_dim must be 64"
 
 
@@ -326,7 +329,7 @@ def test_peers_are_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises((DriverError, FmhaError), match=r"driver|GPU"):
-        bench.run(bench_cells.grid(), peers=("cudnn",))
+        bencher.run(bench_cells.grid(), peers=("cudnn",))
 
 
 def example() -> BenchRecord:
@@ -476,7 +479,7 @@ def test_features_are_held_against_peers_then_and_now(tmp_path: Path) -> None:
     for cell in bench_cells.features():
         cells += [Timing(cell.key, "ours", 1.0, 1.0, 500.0), Timing(cell.key, "cudnn", absent="none")]
         if cell.packed:
-            cells.append(Timing(cell.key, bench.BAND, 1.0, 1.0, 600.0))
+            cells.append(Timing(cell.key, bencher.BAND, 1.0, 1.0, 600.0))
         if cell.window is not None:
             cells.append(Timing(cell.key, "flash", 1.0, 1.0, 250.0))
     meta = {"gpu": "G", "driver": "5", "torch": "2", "cudnn": 9, "commit": "x", "date": "2026-11-22"}

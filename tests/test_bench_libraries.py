@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmha_runtime import bench, bench_cells, bench_libraries, bench_peers
-from fmha_runtime.bench_cells import Cell
-from fmha_runtime.bench_provider import Absent
+from fmha_runtime.bench import cells as bench_cells
+from fmha_runtime.bench import libraries as bench_libraries
+from fmha_runtime.bench import peers as bench_peers
+from fmha_runtime.bench import run as bencher
+from fmha_runtime.bench.cells import Cell
+from fmha_runtime.bench.provider import Absent
 from fmha_runtime.kernels.spec import DType
 from fmha_runtime.ops.forward.reference import attention, attention_varlen
 
@@ -252,7 +255,7 @@ def test_an_adapter_asks_for_the_cell_or_says_why_not(name: str, feature: str) -
     assert out.shape == x.q.shape
     ends = {(0, 0), (cell.batch - 1, cell.heads - 1)}
     for b, h in ends:
-        assert bench._distance(bench._part(cell, out, b, h), bench._reference(cell, x, b, h)) < 1e-3
+        assert bencher._distance(bencher._part(cell, out, b, h), bencher._reference(cell, x, b, h)) < 1e-3
 
 
 def test_two_head_dims_are_refused_where_they_cannot_run() -> None:
@@ -271,5 +274,5 @@ def test_a_library_is_held_against_ours_like_torch() -> None:
     x = bench_cells.inputs(SMALL, "cpu")
     runnable = bench_peers.prepare("flash_attn_3", SMALL, x)
     out = runnable.output(runnable.call())
-    assert bench.wrong(SMALL, x, {"ours": out, "flash_attn_3": out}) == {}
-    assert list(bench.wrong(SMALL, x, {"ours": out, "flash_attn_3": out * 1.1})) == ["flash_attn_3"]
+    assert bencher.wrong(SMALL, x, {"ours": out, "flash_attn_3": out}) == {}
+    assert list(bencher.wrong(SMALL, x, {"ours": out, "flash_attn_3": out * 1.1})) == ["flash_attn_3"]

@@ -400,8 +400,8 @@ def test_the_default_arch_is_the_gpus(hopper, monkeypatch):
 
 
 def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
-    from fmha_runtime import bench
-    from fmha_runtime.bench_record import BenchRecord, Timing
+    from fmha_runtime.bench import run as bencher
+    from fmha_runtime.bench.record import BenchRecord, Timing
 
     asked, wanted = [], []
 
@@ -415,7 +415,7 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
         )
         return BenchRecord({"gpu": "H200", "torch": "2"}, timings)
 
-    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bencher, "run", run)
     path = tmp_path / "record.json"
     words = ["--dtype", "bf16", "--head-dim", "64", "--seqlens", "512,1024", "--causal"]
     result = fmha("bench", *words, "--json", path)

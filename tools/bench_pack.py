@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import fmha_runtime as fmha
-from fmha_runtime.bench import CudaTimer
+from fmha_runtime.bench.run import CudaTimer
 from fmha_runtime.problem import packed_mask
 
 SHAPES = ((1, 1, 1024, 1024), (1, 1, 8192, 8192), (4, 16, 4096, 4096), (4, 16, 4095, 4095), (8, 1, 64, 8192))

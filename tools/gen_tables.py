@@ -24,10 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from fmha_runtime import bench_cells  # noqa: E402
-from fmha_runtime.bench import BAND  # noqa: E402
-from fmha_runtime.bench_peers import SDPA  # noqa: E402
-from fmha_runtime.bench_record import OURS, BenchRecord  # noqa: E402
+from fmha_runtime.bench import cells as bench_cells  # noqa: E402
+from fmha_runtime.bench.peers import SDPA  # noqa: E402
+from fmha_runtime.bench.record import OURS, BenchRecord  # noqa: E402
+from fmha_runtime.bench.run import BAND  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
 from fmha_runtime.kernels import catalog, ledger, sources, store  # noqa: E402
 from fmha_runtime.kernels.catalog import Tile  # noqa: E402

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import bench_libraries
-from .bench_cells import Cell, Inputs
-from .bench_provider import Absent, Peer, Runnable, reason
-from .errors import InputError
+from ..errors import InputError
+from . import libraries as bench_libraries
+from .cells import Cell, Inputs
+from .provider import Absent, Peer, Runnable, reason
 
 if TYPE_CHECKING:
     from torch import Tensor

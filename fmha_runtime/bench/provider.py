@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from .bench_cells import Cell, Inputs
+from .cells import Cell, Inputs
 
 Call = Callable[[], Any]
 

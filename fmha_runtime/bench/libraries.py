@@ -13,8 +13,8 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from .bench_cells import Cell, Inputs
-from .bench_provider import Absent, Peer, Runnable
+from .cells import Cell, Inputs
+from .provider import Absent, Peer, Runnable
 
 if TYPE_CHECKING:
     from torch import Tensor

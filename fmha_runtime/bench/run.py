@@ -14,15 +14,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import bench_peers, records
-from .bench_cells import TOKENS, WIDTH, Cell, Inputs, inputs
-from .bench_peers import MATH_LENGTH, SDPA
-from .bench_provider import Absent, Call, Runnable, reason
-from .bench_record import OURS, BenchRecord, HostTime, Timing
-from .errors import DriverError, FmhaError
-from .kernels import sources
-from .kernels.catalog import Tile
-from .kernels.spec import DType
+from .. import records
+from ..errors import DriverError, FmhaError
+from ..kernels import sources
+from ..kernels.catalog import Tile
+from ..kernels.spec import DType
+from . import peers as bench_peers
+from .cells import TOKENS, WIDTH, Cell, Inputs, inputs
+from .peers import MATH_LENGTH, SDPA
+from .provider import Absent, Call, Runnable, reason
+from .record import OURS, BenchRecord, HostTime, Timing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +131,7 @@ def run(
     """
     import torch
 
-    from .device import driver
+    from ..device import driver
 
     found, missing = bench_peers.find(peers)
     info = driver.device_info(device)
@@ -207,7 +208,7 @@ def host_times(device: str, peers: Sequence[str] = SDPA) -> list[HostTime]:
     """Microseconds of host time per call: ``attention()``, a prepared plan, and every peer."""
     import torch
 
-    from .calls import api
+    from ..calls import api
 
     cell = Cell(DType.BF16, 128, 128, 128, False, grouped=(8, 8))
     q, k, v = (torch.randn(1, 128, 8, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
@@ -319,7 +320,7 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
     """[1, Sq, 1, Dv] fp32 of sequence b and query head h."""
     import torch
 
-    from .ops.forward import reference
+    from ..ops.forward import reference
 
     k, v = x.k, x.v
     if x.table is not None:
@@ -339,7 +340,7 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
 def ours(cell: Cell, x: Inputs, tile: str | None = None, plain_grid: bool = False) -> Runnable:
     """This library on the tensors of a cell; a forced tile runs by way of its plan, and so does ``plain_grid``: one CTA
     a query tile on Hopper."""
-    from .calls import api
+    from ..calls import api
 
     tensors: dict[str, Any] = {"alibi_slopes": x.slopes, "mask": x.mask if cell.packed else None}
     options: dict[str, Any] = {
@@ -374,7 +375,7 @@ def ours(cell: Cell, x: Inputs, tile: str | None = None, plain_grid: bool = Fals
 
 
 def _identity(runnable: Runnable) -> dict[str, str]:
-    from .kernels.spec import KernelSpec
+    from ..kernels.spec import KernelSpec
 
     spec = KernelSpec.parse(str(runnable.kernel))
     return {"tile": str(runnable.tile), "code": sources.code(spec, Tile.parse(str(runnable.tile)))}

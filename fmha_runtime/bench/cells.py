@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
-from .kernels.spec import HEAD_DIMS, DType
-from .ops.pack.packer import pack_mask
-from .problem.alibi import alibi_slopes
-from .problem.packed_mask import PackedMask
+from ..errors import InputError
+from ..kernels.spec import HEAD_DIMS, DType
+from ..ops.pack.packer import pack_mask
+from ..problem.alibi import alibi_slopes
+from ..problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:
     from torch import Tensor

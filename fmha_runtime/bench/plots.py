@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .bench_record import OURS, BenchRecord
-from .errors import InputError
+from ..errors import InputError
+from .record import OURS, BenchRecord
 
 _KEY = re.compile(r"(?P<dtype>\w+?)_(?P<dims>d[\dx]+)_s(?P<seqlen>\d+)_(?P<mask>.+)")
 _MASKS = {"c": "causal", "n": "full"}
