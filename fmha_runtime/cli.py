@@ -446,7 +446,7 @@ def tune(
 
     Without names, --arch, --dtype or features: the plain bf16 kernels of this GPU's first target.
     """
-    from . import tune as tuner
+    from .tune import run as tuner
 
     specs = selection.for_tuning(chosen).kernels()
     wanted = [(spec, tile) for spec in specs for tile in tuner.candidates(spec, tiles)]

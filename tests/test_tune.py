@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli, tune, tune_worker
+from fmha_runtime import cli
 from fmha_runtime.device import driver
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.kernels import catalog, store
@@ -21,8 +21,10 @@ from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayo
 from fmha_runtime.ops.forward.variants import variants
 from fmha_runtime.problem import dispatch
 from fmha_runtime.problem.dispatch import Problem
-from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord
-from fmha_runtime.tune_worker import Job
+from fmha_runtime.tune import run as tuner
+from fmha_runtime.tune import worker as tune_worker
+from fmha_runtime.tune.record import Outcome, Tuned, TuneRecord
+from fmha_runtime.tune.worker import Job
 
 HOPPER = KernelSpec.parse("fmha_fwd_sm90a_bf16_d128")
 SMALL = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
@@ -57,34 +59,34 @@ def test_what_computes_no_attention_is_not_tuned() -> None:
 
 def test_candidates_can_be_named() -> None:
     own = catalog.tile(HOPPER)
-    assert [str(t) for t in tune.candidates(HOPPER, ["128x176 s2", str(own)])] == [str(own), "128x176 w12 s2 c1"]
+    assert [str(t) for t in tuner.candidates(HOPPER, ["128x176 s2", str(own)])] == [str(own), "128x176 w12 s2 c1"]
     with pytest.raises(InputError, match="not understood"):
-        tune.candidates(HOPPER, ["wide"])
+        tuner.candidates(HOPPER, ["wide"])
 
 
 def test_a_short_row_is_timed_where_it_is_used() -> None:
     spec = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_short")
-    assert [cell.seqlen for cell in tune.cells_for(spec)] == [512, 512, 1024, 1024]
-    assert [cell.seqlen for cell in tune.cells_for(spec, (2048,))] == [2048, 2048]
+    assert [cell.seqlen for cell in tuner.cells_for(spec)] == [512, 512, 1024, 1024]
+    assert [cell.seqlen for cell in tuner.cells_for(spec, (2048,))] == [2048, 2048]
     assert variants(spec)[0] == catalog.tile(spec) != catalog.tile(spec.long)
 
 
 def test_a_short_rows_variants_are_built_where_dispatch_looks_for_them(own_cache, fake_nvcc) -> None:
     spec, tile = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_short"), Tile.parse("128x64 w12 s3 c1")
-    assert tune.build_all([(spec, tile)])[spec, tile].state == "ok"
+    assert tuner.build_all([(spec, tile)])[spec, tile].state == "ok"
     row = store.find_tile(dispatch.choose(Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_k=9), str(tile)).spec, tile)
     assert row is not None and row.tile == tile
 
 
 def test_a_kernel_is_timed_with_its_features() -> None:
-    keys = [cell.key for cell in tune.cells_for(HOPPER)]
+    keys = [cell.key for cell in tuner.cells_for(HOPPER)]
     assert keys[:2] == ["bf16_d128_s512_n", "bf16_d128_s512_c"] and len(keys) == 6
-    capped = tune.cells_for(replace(HOPPER, score=Score.SOFTCAP), (512,))
+    capped = tuner.cells_for(replace(HOPPER, score=Score.SOFTCAP), (512,))
     assert all(cell.softcap for cell in capped)
-    assert all(cell.alibi for cell in tune.cells_for(replace(HOPPER, score=Score.ALIBI), (512,)))
-    (packed,) = tune.cells_for(replace(HOPPER, mask=Mask.PACKED), (512,))
+    assert all(cell.alibi for cell in tuner.cells_for(replace(HOPPER, score=Score.ALIBI), (512,)))
+    (packed,) = tuner.cells_for(replace(HOPPER, mask=Mask.PACKED), (512,))
     assert packed.packed and packed.causal
-    assert all(cell.page_size for cell in tune.cells_for(replace(HOPPER, kv=KvLayout.PAGED), (512,)))
+    assert all(cell.page_size for cell in tuner.cells_for(replace(HOPPER, kv=KvLayout.PAGED), (512,)))
 
 
 class Bench:
@@ -123,11 +125,11 @@ class Bench:
 
 BUILT = [Outcome(f"{m}x64 w4 s2 c1", "ok", "", 128, 0, 1000) for m in (16, 32, 64, 128)]
 NAMES = [outcome.variant for outcome in BUILT]
-JOB = Job(SMALL.name, (), tune.cells_for(SMALL, (512, 2048)), ("cudnn",))
+JOB = Job(SMALL.name, (), tuner.cells_for(SMALL, (512, 2048)), ("cudnn",))
 
 
 def tuned(bench: Bench, built: list[Outcome] = BUILT) -> tuple[Tuned, dict[str, str]]:
-    result = tune.tune_kernel(SMALL, built, JOB, 30, bench)
+    result = tuner.tune_kernel(SMALL, built, JOB, 30, bench)
     return result, {outcome.variant: outcome.state for outcome in result.outcomes}
 
 
@@ -144,7 +146,7 @@ def test_the_fastest_wins() -> None:
 def test_a_plain_grid_is_a_variant_that_needs_no_check() -> None:
     bench = Bench(wrong="128x128 w12 s2 c1")
     built = [Outcome(f"{m}x128 w{m // 16 + 4} s2 c1") for m in (128, 192)]
-    result = tune.tune_kernel(HOPPER, built, replace(JOB, kernel=HOPPER.name), 30, bench, plain_grid=True)
+    result = tuner.tune_kernel(HOPPER, built, replace(JOB, kernel=HOPPER.name), 30, bench, plain_grid=True)
     assert bench.asked == [
         ("check", ("128x128 w12 s2 c1", "192x128 w16 s2 c1"), 0 + len(JOB.cells)),
         ("measure", ("192x128 w16 s2 c1", "192x128 w16 s2 c1 plain"), len(JOB.cells)),
@@ -198,13 +200,13 @@ def test_a_process_that_does_nothing_is_an_error() -> None:
         yield ("lost", "fault", "its process ended with code 1")
 
     with pytest.raises(DriverError, match="code 1"):
-        tune.tune_kernel(SMALL, BUILT, JOB, 30, silent)
+        tuner.tune_kernel(SMALL, BUILT, JOB, 30, silent)
 
     def tired(task: str, job: Job, timeout: float) -> Iterator[tuple[Any, ...]]:
         yield from Bench()(task, job, timeout) if task == "check" else silent(task, job, timeout)
 
     with pytest.raises(DriverError, match="times variants"):
-        tune.tune_kernel(SMALL, BUILT, JOB, 30, tired)
+        tuner.tune_kernel(SMALL, BUILT, JOB, 30, tired)
 
 
 def test_a_cell_that_stops_everybody_is_given_up() -> None:
@@ -222,19 +224,19 @@ def test_a_cell_that_stops_everybody_is_given_up() -> None:
 
 
 @pytest.fixture
-def worker() -> Iterator[tune.Worker]:
-    made = tune.Worker()
+def worker() -> Iterator[tuner.Worker]:
+    made = tuner.Worker()
     yield made
     made.close()
 
 
-def test_a_silent_process_is_killed(worker: tune.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "START_SECONDS", 0.01)  # no interpreter starts in that time
+def test_a_silent_process_is_killed(worker: tuner.Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "START_SECONDS", 0.01)  # no interpreter starts in that time
     (message,) = worker("check", replace(JOB, variants=(NAMES[0],)), 1.0)
     assert message[:2] == ("lost", "hung") and worker._process is None
 
 
-def test_a_process_lives_for_many_jobs_and_its_death_is_noticed(worker: tune.Worker) -> None:
+def test_a_process_lives_for_many_jobs_and_its_death_is_noticed(worker: tuner.Worker) -> None:
     pytest.importorskip("torch")
     job = replace(JOB, device="emulator")
     assert list(worker("check", job, 60)) == [("ready",), ("end",)]
@@ -338,7 +340,7 @@ def test_the_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path
         asked.update(options, specs=[spec.name for spec in specs])
         return record()
 
-    monkeypatch.setattr(tune, "run", run)
+    monkeypatch.setattr(tuner, "run", run)
     path = tmp_path / "t.json"
     result = fmha("--head-dim", 128, "--json", path, "--against", "cudnn,flash", "--timeout", 5)
     assert result.exit_code == 0, result.stderr
@@ -351,10 +353,10 @@ def test_the_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_variants_are_built_with_the_real_compiler(own_cache: Path) -> None:
     spec = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
     good, narrow = Tile.parse("128x64 w12 s2 c1"), Tile.parse("192x240 w16 s2 c1")
-    outcomes = tune.build_all([(spec, good), (spec, narrow)], jobs=1)
+    outcomes = tuner.build_all([(spec, good), (spec, narrow)], jobs=1)
     assert outcomes[spec, good].state == "ok" and outcomes[spec, good].registers
     assert outcomes[spec, narrow].state == "not built"  # three consumers have 160 registers, S alone takes 120
-    assert tune.build_all([(spec, good)], jobs=1) == {(spec, good): outcomes[spec, good]}
+    assert tuner.build_all([(spec, good)], jobs=1) == {(spec, good): outcomes[spec, good]}
 
 
 def test_the_page_says_what_was_chosen_and_what_the_catalogue_has(tmp_path: Path) -> None:
@@ -383,7 +385,7 @@ def test_a_kernel_is_tuned_on_the_gpu(own_cache: Path) -> None:
 
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the tiles are Hopper's")
-    found = tune.run([HOPPER], tiles=["128x64"], lengths=(512,), reps=3)
+    found = tuner.run([HOPPER], tiles=["128x64"], lengths=(512,), reps=3)
     (one,) = found.kernels
     assert one.choice is not None and {o.state for o in one.outcomes} == {"ok"}
     assert len(one.cells) == 2 and all(len(o.tflops) == 2 for o in one.outcomes)

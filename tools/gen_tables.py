@@ -32,7 +32,7 @@ from fmha_runtime.errors import ArtifactError  # noqa: E402
 from fmha_runtime.kernels import catalog, ledger, sources, store  # noqa: E402
 from fmha_runtime.kernels.catalog import Tile  # noqa: E402
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
-from fmha_runtime.tune_record import Outcome, Tuned, TuneRecord  # noqa: E402
+from fmha_runtime.tune.record import Outcome, Tuned, TuneRecord  # noqa: E402
 
 
 def support(root: Path) -> str:

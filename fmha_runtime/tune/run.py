@@ -15,18 +15,19 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
-from . import config, records, tune_worker
-from .bench import peers as bench_peers
-from .bench.cells import SOFTCAP, Cell
-from .errors import DriverError, FmhaError
-from .kernels import catalog, sources
-from .kernels.catalog import Tile
-from .kernels.spec import Arch, KernelSpec, KvLayout, Mask, Score
-from .ops.forward.variants import variants
-from .ops.pack import packer
-from .toolchain import build
-from .tune_record import OK, Outcome, Tuned, TuneRecord
-from .tune_worker import PLAIN, Job
+from .. import config, records
+from ..bench import peers as bench_peers
+from ..bench.cells import SOFTCAP, Cell
+from ..errors import DriverError, FmhaError
+from ..kernels import catalog, sources
+from ..kernels.catalog import Tile
+from ..kernels.spec import Arch, KernelSpec, KvLayout, Mask, Score
+from ..ops.forward.variants import variants
+from ..ops.pack import packer
+from ..toolchain import build
+from . import worker as tune_worker
+from .record import OK, Outcome, Tuned, TuneRecord
+from .worker import PLAIN, Job
 
 LENGTHS = (512, 2048, 16384)
 SHORT_LENGTHS = (512, 1024)
@@ -112,7 +113,7 @@ def run(
         DriverError: no GPU, or a process cannot start on it.
         ToolchainError: no nvcc, and something to build.
     """
-    from .device import driver
+    from ..device import driver
 
     info = driver.device_info(device)
     found, missing = bench_peers.find(peers)
@@ -148,7 +149,7 @@ def run(
 
 def candidates(spec: KernelSpec, tiles: Sequence[str] = ()) -> tuple[Tile, ...]:
     """The tiles to try, the catalogue's first."""
-    from .kernels import forced_tile
+    from ..kernels import forced_tile
 
     if not tiles:
         return variants(spec)

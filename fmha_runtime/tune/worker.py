@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bench.cells import Cell
-from .errors import DriverError, FmhaError
-from .kernels.catalog import Tile
-from .kernels.spec import KernelSpec
+from ..bench.cells import Cell
+from ..errors import DriverError, FmhaError
+from ..kernels.catalog import Tile
+from ..kernels.spec import KernelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,9 +45,9 @@ def check(job: Job, send: Send) -> bool:
     """Hold every variant to the number rule of verify.py, on its quick cases. False: the context is lost."""
     import torch
 
-    from .ops import obtain
-    from .ops.forward import plan as forward
-    from .verify import run as verifier
+    from ..ops import obtain
+    from ..ops.forward import plan as forward
+    from ..verify import run as verifier
 
     spec = KernelSpec.parse(job.kernel)
     if job.device.startswith("cuda"):  # opening the GPU takes seconds, which are not the first variant's
@@ -86,11 +86,11 @@ def measure(job: Job, send: Send) -> bool:
     """TFLOP/s of variants and peers in every cell. False: the context is lost."""
     import torch
 
-    from .bench import peers as bench_peers
-    from .bench import run as bencher
-    from .bench.cells import inputs
-    from .bench.provider import Absent, Runnable
-    from .bench.record import OURS
+    from ..bench import peers as bench_peers
+    from ..bench import run as bencher
+    from ..bench.cells import inputs
+    from ..bench.provider import Absent, Runnable
+    from ..bench.record import OURS
 
     spec = KernelSpec.parse(job.kernel)
     torch.cuda.set_device(job.device)
