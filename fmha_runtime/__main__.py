@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fmha_runtime`` is the program ``fmha``."""
 
-from .cli import main
+from .cli.program import main
 
 if __name__ == "__main__":
     main(prog_name="fmha")

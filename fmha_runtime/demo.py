@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli.progress import BuildProgress
 from .device import driver
 from .errors import DriverError, FmhaError, ToolchainError
 from .integrations import transformers as adapter
 from .kernels import store
 from .kernels.spec import Arch, DType, KernelSpec, Op
 from .problem import dispatch
-from .progress import BuildProgress
 from .toolchain import build, gxx
 
 if TYPE_CHECKING:

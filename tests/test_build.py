@@ -14,11 +14,11 @@ from artefacts import OTHER, SMALL
 from rich.console import Console
 
 from fmha_runtime import config
+from fmha_runtime.cli.progress import BuildProgress
 from fmha_runtime.errors import ArtifactError, BuildError, InputError, ToolchainError
 from fmha_runtime.kernels import catalog, manifest, sources, store
 from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import KernelSpec
-from fmha_runtime.progress import BuildProgress
 from fmha_runtime.toolchain import build, disassembly, nvcc, ptx, publish
 
 

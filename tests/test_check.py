@@ -10,7 +10,8 @@ import pytest
 from artefacts import OTHER, SMALL
 from click.testing import CliRunner
 
-from fmha_runtime import cli, config
+from fmha_runtime import config
+from fmha_runtime.cli import program as cli
 from fmha_runtime.errors import BuildError
 from fmha_runtime.kernels import manifest, sources, store
 from fmha_runtime.toolchain import build, check

@@ -13,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 import fmha_runtime
-from fmha_runtime import cli, config, selection
+from fmha_runtime import config
+from fmha_runtime.cli import program as cli
+from fmha_runtime.cli import selection
 from fmha_runtime.device import driver
 from fmha_runtime.errors import (
     ArtifactError,
@@ -306,7 +308,7 @@ def test_build_without_nvcc_is_exit_3(own_cache, monkeypatch, tmp_path):
 
 
 def test_interrupted_build_lists_what_is_finished(own_cache, fake_nvcc, monkeypatch):
-    from fmha_runtime import progress
+    from fmha_runtime.cli import progress
 
     call = progress.BuildProgress.__call__
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fmha_runtime import cli, config
+from fmha_runtime import config
+from fmha_runtime.cli import program as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "recipes").glob("*.md"))]

@@ -9,7 +9,9 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli, config, doctor
+from fmha_runtime import config
+from fmha_runtime.cli import doctor
+from fmha_runtime.cli import program as cli
 from fmha_runtime.kernels import code_hash, manifest, sources, store
 from fmha_runtime.kernels.spec import Arch, KernelSpec
 

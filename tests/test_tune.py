@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fmha_runtime import cli
+from fmha_runtime.cli import program as cli
 from fmha_runtime.device import driver
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.kernels import catalog, store

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import BuildError, ToolchainError
+from ..kernels import catalog, manifest, sources, store
+from ..kernels.spec import KernelSpec
+from ..kernels.store import State
+from ..toolchain import disassembly, ptx
 from . import report
-from .errors import BuildError, ToolchainError
-from .kernels import catalog, manifest, sources, store
-from .kernels.spec import KernelSpec
-from .kernels.store import State
-from .toolchain import disassembly, ptx
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, report
-from .errors import ArtifactError, FmhaError
-from .kernels.spec import Arch
+from .. import __version__
+from ..errors import ArtifactError, FmhaError
+from ..kernels.spec import Arch
+from . import report
 
 ENVIRONMENT = 3
 ARTIFACT = 4
@@ -94,8 +95,8 @@ Lines = Iterator[tuple[str, str]]
 
 
 def _package(found: Diagnosis) -> Lines:
-    from . import config
-    from .kernels import catalog, sources
+    from .. import config
+    from ..kernels import catalog, sources
 
     yield "fmha_runtime", f"{__version__} at {Path(__file__).parent}"
     yield "kernel source", f"{config.kernel_src()}, ABI {sources.abi()}"
@@ -157,7 +158,7 @@ def _gpus(cuda: ctypes.CDLL, found: Diagnosis) -> Lines:
 
 
 def _toolchain(found: Diagnosis) -> Lines:
-    from .toolchain import nvcc
+    from ..toolchain import nvcc
 
     for label, find in (("nvcc", nvcc.find_nvcc), ("host compiler", nvcc.find_host_cxx)):
         try:
@@ -178,14 +179,14 @@ def _toolchain(found: Diagnosis) -> Lines:
 
 
 def _has_nvcc() -> bool:
-    from . import config
+    from .. import config
 
     return bool(config.nvcc_override() or config.which("nvcc") or _versions(_TOOLKIT.match))
 
 
 def _cubins(found: Diagnosis) -> Lines:
-    from . import config
-    from .kernels import catalog, manifest, store
+    from .. import config
+    from ..kernels import catalog, manifest, store
 
     for label, root in store.roots():
         yield label, f"{root}" + ("" if root.is_dir() else " (does not exist)")
@@ -220,14 +221,14 @@ def _cubins(found: Diagnosis) -> Lines:
 
 
 def _ledger(found: Diagnosis) -> Lines:
-    from .kernels.ledger import Ledger
+    from ..kernels.ledger import Ledger
 
     ways = Counter(record.how for record in Ledger.load())
     yield "ledger", ", ".join(f"{n} by {how}" for how, n in sorted(ways.items())) or "empty"
 
 
 def _variables(found: Diagnosis) -> Lines:
-    from . import config
+    from .. import config
 
     for variable in config.VARIABLES:
         if variable.value is not None:

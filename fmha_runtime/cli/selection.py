@@ -11,10 +11,10 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from .errors import DriverError, InputError
-from .kernels import catalog
-from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
-from .problem.dispatch import Problem
+from ..errors import DriverError, InputError
+from ..kernels import catalog
+from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from ..problem.dispatch import Problem
 
 _Word = TypeVar("_Word", bound=Enum)
 _DIMS = re.compile(r"(\d+)(?:x(\d+))?")
@@ -205,7 +205,7 @@ def device_arch() -> Arch:
     Raises:
         DriverError: there is no GPU, or no kernels for it.
     """
-    from .device import driver
+    from ..device import driver
 
     known = ", ".join(arch.value for arch in Arch)
     if not driver.available():
@@ -242,7 +242,7 @@ def device(word: str) -> str:
         InputError: another word.
         DriverError: no such GPU.
     """
-    from .device import driver
+    from ..device import driver
 
     kind, _, index = word.partition(":")
     if kind == "emulator":

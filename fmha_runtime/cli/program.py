@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import click
 
-from . import __version__, config, report, selection
-from .errors import (
+from .. import __version__, config
+from ..errors import (
     ArtifactError,
     BuildError,
     DriverError,
@@ -29,9 +29,10 @@ from .errors import (
     KernelNotBuilt,
     ToolchainError,
 )
-from .kernels import catalog
-from .kernels.catalog import Tile
-from .kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from ..kernels import catalog
+from ..kernels.catalog import Tile
+from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from . import report, selection
 from .selection import Selection
 
 FAILED, USAGE, ENVIRONMENT, ARTIFACT, INTERRUPTED = 1, 2, 3, 4, 130
@@ -155,7 +156,7 @@ def _json_flag(command: _Command) -> _Command:
 @_selectable
 def list_(chosen: Selection, as_json: bool) -> None:
     """Show kernels: tile, resources, where the cubin is, how it was verified."""
-    from .kernels.store import Inventory
+    from ..kernels.store import Inventory
 
     inventory = Inventory.of(chosen.kernels())
     states = inventory.states
@@ -182,7 +183,7 @@ def explain(words: tuple[str, ...], arch: str | None, tile: str | None, as_json:
     Words: b=2 sq=1024 sk=1024 h=32 hk=8 d=128 (or d=192x128) dtype=bf16 causal window=127,0 varlen
     softcap alibi packed paged. Exits with 1 when no kernel serves it.
     """
-    from .problem import dispatch
+    from ..problem import dispatch
 
     trace = dispatch.trace(selection.problem(words, Arch(arch) if arch else selection.device_arch()), tile)
     if as_json:
@@ -225,8 +226,8 @@ def build(
     --check says of every row of the packaged manifest whether the present sources still give its cubin: identical by
     code (nothing is compiled), identical by bytes, or changed. It needs no GPU, and exits with 1 when one changed.
     """
+    from ..toolchain import build as builder
     from .progress import BuildProgress
-    from .toolchain import build as builder
 
     if everything and chosen != Selection():
         raise InputError("--all is every kernel: leave out the names and the other criteria")
@@ -276,7 +277,7 @@ def build(
 def _check(
     specs: Sequence[KernelSpec], as_json: bool, jobs: int | None, compile_all: bool, update: bool, allow_changed: bool
 ) -> None:
-    from .toolchain import check
+    from ..toolchain import check
 
     begin = time.perf_counter()
 
@@ -320,8 +321,8 @@ def verify(
 
     On a GPU without --arch or names: the kernels of that GPU's arch.
     """
-    from .kernels import ledger
-    from .verify import run as verifier
+    from ..kernels import ledger
+    from ..verify import run as verifier
 
     if sanitizer is not None:
         argv = verifier.sanitizer_argv(sanitizer, selection.without("--sanitizer", sys.argv[1:]))
@@ -390,8 +391,8 @@ def bench(
 
     The axes (--dtype, --head-dim, --seqlens, --causal) make the standard grid, and leave cells out of the others.
     """
-    from .bench import cells as bench_cells
-    from .bench import run as bencher
+    from ..bench import cells as bench_cells
+    from ..bench import run as bencher
 
     cells = bench_cells.select(
         grid,
@@ -419,7 +420,7 @@ def bench(
         record.save(json_path)
         _say(f"wrote {json_path}")
     if png_path is not None:
-        from .bench import plots
+        from ..bench import plots
 
         plots.speed(record, png_path)
         _say(f"wrote {png_path}")
@@ -446,7 +447,7 @@ def tune(
 
     Without names, --arch, --dtype or features: the plain bf16 kernels of this GPU's first target.
     """
-    from .tune import run as tuner
+    from ..tune import run as tuner
 
     specs = selection.for_tuning(chosen).kernels()
     wanted = [(spec, tile) for spec in specs for tile in tuner.candidates(spec, tiles)]
@@ -535,7 +536,7 @@ def cache_prune() -> None:
 
 
 def _clean(*, everything: bool) -> None:
-    from .toolchain import publish
+    from ..toolchain import publish
 
     root = config.cache_dir()
     count, freed = publish.clean(root, everything=everything)

@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .kernels import catalog, sources
-from .kernels.catalog import Tile
-from .kernels.ledger import Ledger, Status
-from .kernels.spec import KernelSpec
-from .kernels.store import State
-from .toolchain import nvcc
-from .toolchain.build import BuildResult
-from .toolchain.check import Checked
+from .. import __version__
+from ..kernels import catalog, sources
+from ..kernels.catalog import Tile
+from ..kernels.ledger import Ledger, Status
+from ..kernels.spec import KernelSpec
+from ..kernels.store import State
+from ..toolchain import nvcc
+from ..toolchain.build import BuildResult
+from ..toolchain.check import Checked
 
 if TYPE_CHECKING:
-    from .verify.run import Report
+    from ..verify.run import Report
 
 SCHEMA = 1
 LIST_HEADER = ("kernel", "arch", "tile", "smem", "regs", "from", "verified", "state")

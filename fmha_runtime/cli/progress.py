@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .toolchain.build import Event
+from ..toolchain.build import Event
 
 _LINES = 10  # in a log: about this many lines however many kernels there are
 
