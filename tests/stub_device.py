@@ -11,7 +11,7 @@ import torch
 
 from fmha_runtime.calls import route
 from fmha_runtime.device import driver, tensor_map
-from fmha_runtime.kernels import catalog, params
+from fmha_runtime.kernels import catalog
 from fmha_runtime.kernels.spec import Arch
 from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.problem import arguments, dispatch
@@ -24,7 +24,7 @@ class _Kernel:
     """Stands for a loaded kernel of device 0."""
 
     def __init__(self, spec, stub):
-        self.name, self.device, self._stub, self._block = spec.name, 0, stub, params.block_type(spec)
+        self.name, self.device, self._stub, self._block = spec.name, 0, stub, catalog.block(spec)
 
     def bound(self, grid, threads, smem, argument):
         fields = {"name": self.name, "grid": grid, "threads": threads, "smem": smem}

@@ -10,10 +10,12 @@ import pytest
 
 from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
-from fmha_runtime.kernels import params, sources
+from fmha_runtime.kernels import sources
+from fmha_runtime.kernels.forward import params
+from fmha_runtime.kernels.pack.params import PackMaskParams
 from fmha_runtime.toolchain import nvcc
 
-STRUCTS = (params.Strides, params.FwdParams, params.PackMaskParams)
+STRUCTS = (params.Strides, params.FwdParams, PackMaskParams)
 
 
 @pytest.fixture(scope="module")

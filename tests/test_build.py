@@ -17,8 +17,9 @@ from fmha_runtime import config
 from fmha_runtime.cli.progress import BuildProgress
 from fmha_runtime.errors import ArtifactError, BuildError, InputError, ToolchainError
 from fmha_runtime.kernels import catalog, manifest, sources, store
-from fmha_runtime.kernels.catalog import Tile
+from fmha_runtime.kernels.forward import tiles
 from fmha_runtime.kernels.spec import KernelSpec
+from fmha_runtime.kernels.tile import Tile
 from fmha_runtime.toolchain import build, disassembly, nvcc, ptx, publish
 
 
@@ -102,7 +103,7 @@ class TestWithAPretendedCompiler:
         assert store.find(SMALL) is None
 
     def test_spills_that_the_catalogue_allows(self, monkeypatch):
-        monkeypatch.setitem(catalog._ALLOWED_SPILLS, SMALL.name, (48, "a test"))
+        monkeypatch.setitem(tiles.ALLOWED_SPILLS, SMALL.name, (48, "a test"))
         self.nvcc.write(spills=24)
         result = build.build([SMALL])[0]
         assert (result.status, result.row.spill_bytes) == ("built", 48)

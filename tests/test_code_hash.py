@@ -17,6 +17,7 @@ from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, code_hash, sources
 from fmha_runtime.kernels.code_hash import Flattener, tokens
+from fmha_runtime.kernels.pack import family as pack_family
 from fmha_runtime.kernels.spec import Arch, KernelSpec
 
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_packed_paged")
@@ -137,7 +138,7 @@ def test_each_file_counts_for_the_kernels_that_reach_it(tmp_path, monkeypatch):
     root = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha"
     specs = [
         KernelSpec.parse(n)
-        for n in ("fmha_fwd_sm80_bf16_d64", "fmha_fwd_sm90a_bf16_d64", catalog.pack_spec(Arch.SM80).name)
+        for n in ("fmha_fwd_sm80_bf16_d64", "fmha_fwd_sm90a_bf16_d64", pack_family.spec(Arch.SM80).name)
     ]
     before = [sources.code(s, catalog.tile(s)) for s in specs]
     reached = [set(sources.files(s)) for s in specs]

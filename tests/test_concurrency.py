@@ -23,8 +23,9 @@ from fmha_runtime.toolchain import build, publish
 # Prints the SHA-256 of the image that this process would launch.
 BUILDER = f"""
 import hashlib
-from fmha_runtime import build, manifest, store
-from fmha_runtime.spec import KernelSpec
+from fmha_runtime.kernels import manifest, store
+from fmha_runtime.toolchain import build
+from fmha_runtime.kernels.spec import KernelSpec
 specs = [KernelSpec.parse("{SMALL.name}"), KernelSpec.parse("{OTHER.name}")]
 for result in build.build(specs):
     assert result.error is None, result.error

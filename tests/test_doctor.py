@@ -53,7 +53,7 @@ def test_installed_is_not_loaded(own_cache):
     import sys
 
     code = (
-        "import sys; from fmha_runtime import doctor; found = doctor.examine();"
+        "import sys; from fmha_runtime.cli import doctor; found = doctor.examine();"
         "assert 'torch' not in sys.modules; assert any(label == 'torch' for _, label, _ in "
         "found.lines)"
     )

@@ -11,8 +11,8 @@ from fmha_runtime.calls import api
 from fmha_runtime.device import driver
 from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, forced_tile, store
-from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import Arch, DType, KernelSpec, Mask
+from fmha_runtime.kernels.tile import Tile
 from fmha_runtime.ops import obtain
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem import dispatch

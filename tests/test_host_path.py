@@ -19,7 +19,7 @@ from stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 import fmha_runtime as fmha  # noqa: E402
 from fmha_runtime.device import driver, tensor_map  # noqa: E402
 from fmha_runtime.errors import DriverError  # noqa: E402
-from fmha_runtime.kernels import params  # noqa: E402
+from fmha_runtime.kernels.forward import params  # noqa: E402
 from fmha_runtime.kernels.spec import Arch  # noqa: E402
 from fmha_runtime.ops.forward import plan as forward  # noqa: E402
 from fmha_runtime.problem import tensors  # noqa: E402

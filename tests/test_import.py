@@ -164,7 +164,7 @@ for name in [{wanted}]:
 def test_a_process_may_fork_after_the_import():
     code = """
 import os, fmha_runtime
-from fmha_runtime import catalog, store
+from fmha_runtime.kernels import catalog, store
 pid = os.fork()
 if pid == 0:
     specs = catalog.enumerate_specs()

@@ -13,7 +13,7 @@ from artefacts import OTHER, SMALL
 from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, manifest, sources, store
-from fmha_runtime.kernels.catalog import Tile
+from fmha_runtime.kernels.tile import Tile
 from fmha_runtime.toolchain import build
 
 pytestmark = pytest.mark.usefixtures("own_cache", "fake_nvcc")

@@ -19,6 +19,7 @@ from fmha_runtime.device import driver
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import EmulatorFault, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, sources
+from fmha_runtime.kernels.pack import family as pack_family
 from fmha_runtime.kernels.spec import Arch, KernelSpec
 from fmha_runtime.ops import obtain
 from fmha_runtime.ops.pack import cases as verify_pack
@@ -26,7 +27,7 @@ from fmha_runtime.ops.pack import packer
 from fmha_runtime.problem import packed_mask
 from fmha_runtime.verify import run as verifier
 
-SPEC = catalog.pack_spec(Arch.SM90)
+SPEC = pack_family.spec(Arch.SM90)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from test_kvcache import LAYOUTS, paged, queries
 import fmha_runtime as fmha
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
-from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
+from fmha_runtime.kernels.tile import Tile
 from fmha_runtime.ops import obtain
 from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.ops.forward import reference

@@ -10,8 +10,8 @@ import pytest
 
 from fmha_runtime.errors import InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog
-from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from fmha_runtime.kernels.tile import Tile
 
 SPECS = catalog.enumerate_specs()
 # KiB of shared memory on one SM, of which each CTA costs 1 KiB more than it asks for.

@@ -13,7 +13,7 @@ from fmha_runtime import config
 from fmha_runtime.device import tensor_map
 from fmha_runtime.device.tensor_map import Swizzle, TensorMapLayout
 from fmha_runtime.errors import DriverError, InputError
-from fmha_runtime.kernels import params
+from fmha_runtime.kernels.forward import params
 from fmha_runtime.kernels.spec import DType
 from fmha_runtime.toolchain import nvcc
 

@@ -136,7 +136,7 @@ api.cuLaunchKernel = lambda *_: (failing,)
 bindings = types.ModuleType("cuda.bindings")
 bindings.driver = api
 sys.modules.update({"cuda": types.ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.driver": api})
-from fmha_runtime import driver
+from fmha_runtime.device import driver
 """
 
 

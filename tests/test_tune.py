@@ -16,8 +16,8 @@ from fmha_runtime.cli import program as cli
 from fmha_runtime.device import driver
 from fmha_runtime.errors import ArtifactError, DriverError, InputError
 from fmha_runtime.kernels import catalog, store
-from fmha_runtime.kernels.catalog import Tile
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from fmha_runtime.kernels.tile import Tile
 from fmha_runtime.ops.forward.variants import variants
 from fmha_runtime.problem import dispatch
 from fmha_runtime.problem.dispatch import Problem

@@ -78,7 +78,8 @@ def test_content(wheel):
 def test_the_library_runs_from_the_wheel(installed, tmp_path):
     code = """
 import fmha_runtime
-from fmha_runtime import catalog, config, store
+from fmha_runtime import config
+from fmha_runtime.kernels import catalog, store
 print(fmha_runtime.__file__, config.kernel_src(), config.package_root(), sep="\\n")
 states = store.Inventory.of(catalog.enumerate_specs()).states
 assert len(states) > 1000 and {(s.word, s.row is not None) for s in states.values()} == {("not built", True)}, states

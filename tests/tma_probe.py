@@ -14,7 +14,7 @@ from sm90_probe import Launch, tile_image
 
 from fmha_runtime.device import tensor_map
 from fmha_runtime.device.tensor_map import Swizzle, TensorMapLayout
-from fmha_runtime.kernels.params import TensorMap
+from fmha_runtime.kernels.forward.params import TensorMap
 from fmha_runtime.kernels.spec import DType
 
 TMA_SOURCE = """

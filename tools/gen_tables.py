@@ -30,8 +30,10 @@ from fmha_runtime.bench.record import OURS, BenchRecord  # noqa: E402
 from fmha_runtime.bench.run import BAND  # noqa: E402
 from fmha_runtime.errors import ArtifactError  # noqa: E402
 from fmha_runtime.kernels import catalog, ledger, sources, store  # noqa: E402
-from fmha_runtime.kernels.catalog import Tile  # noqa: E402
+from fmha_runtime.kernels.forward.tiles import SHORT_KEYS  # noqa: E402
+from fmha_runtime.kernels.pack import family as pack_family  # noqa: E402
 from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
+from fmha_runtime.kernels.tile import Tile  # noqa: E402
 from fmha_runtime.tune.record import Outcome, Tuned, TuneRecord  # noqa: E402
 
 
@@ -50,7 +52,7 @@ def support(root: Path) -> str:
             cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
             alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
         rows += [[", ".join(dims), " ".join(words_of) or "plain", *cells] for cells, dims in alike.items()]
-    packers = [[s for s in (catalog.pack_spec(arch),) if catalog.exists(s)] for arch in Arch]
+    packers = [[s for s in (pack_family.spec(arch),) if catalog.exists(s)] for arch in Arch]
     rows.append(["any", "masks are packed", *(_cell(specs, records) for specs in packers)])
     devices = sorted({r.device for r in records if r.on_gpu})
     legend = (
@@ -61,9 +63,7 @@ def support(root: Path) -> str:
         "**unverified**: no record."
     )
     short = sum(spec.short for spec in everything)
-    legend += (
-        f" *short*: {short} kernels that compute what their plain twins do, cut for up to {catalog.SHORT_KEYS} keys."
-    )
+    legend += f" *short*: {short} kernels that compute what their plain twins do, cut for up to {SHORT_KEYS} keys."
     where = f" Verified on: {', '.join(devices)}." if devices else ""
     return f"{_markdown(rows)}\n\n{legend}{where}"
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .. import records
 from ..errors import DriverError, FmhaError
 from ..kernels import sources
-from ..kernels.catalog import Tile
 from ..kernels.spec import DType
+from ..kernels.tile import Tile
 from . import peers as bench_peers
 from .cells import TOKENS, WIDTH, Cell, Inputs, inputs
 from .peers import MATH_LENGTH, SDPA

@@ -98,7 +98,7 @@ def _package(found: Diagnosis) -> Lines:
     from .. import config
     from ..kernels import catalog, sources
 
-    yield "fmha_runtime", f"{__version__} at {Path(__file__).parent}"
+    yield "fmha_runtime", f"{__version__} at {Path(__file__).parent.parent}"
     yield "kernel source", f"{config.kernel_src()}, ABI {sources.abi()}"
     yield "catalogue", f"{len(catalog.enumerate_specs())} kernels"
 

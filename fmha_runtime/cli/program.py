@@ -30,8 +30,8 @@ from ..errors import (
     ToolchainError,
 )
 from ..kernels import catalog
-from ..kernels.catalog import Tile
 from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from ..kernels.tile import Tile
 from . import report, selection
 from .selection import Selection
 

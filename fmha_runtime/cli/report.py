@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..kernels import catalog, sources
-from ..kernels.catalog import Tile
 from ..kernels.ledger import Ledger, Status
 from ..kernels.spec import KernelSpec
 from ..kernels.store import State
+from ..kernels.tile import Tile
 from ..toolchain import nvcc
 from ..toolchain.build import BuildResult
 from ..toolchain.check import Checked

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..kernels import catalog, params
-from ..kernels.catalog import Tile
+from ..kernels import catalog
 from ..kernels.spec import Arch, KernelSpec
+from ..kernels.tile import Tile
 from . import driver, emulator
 
 Kernel = Any
@@ -49,7 +49,7 @@ def load(image: Image, device: int = 0, stream: int = 0) -> Kernel:
     if isinstance(image.content, Path):
         return emulator.Kernel(image.spec.name, image.content)
     smem = catalog.smem_bytes(image.spec, image.tile)
-    size = ctypes.sizeof(params.block_type(image.spec))
+    size = ctypes.sizeof(catalog.block(image.spec))
     return driver.load(image.content, image.spec.name, device, smem, size, stream)
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from ..errors import InputError
 from . import catalog
-from .catalog import Tile
 from .spec import Arch, KernelSpec
+from .tile import Tile
 
 _FORCED = re.compile(r"(\d+)x(\d+)(?: w(\d+))?(?: s(\d+))?(?: c(\d+))?( q)?")
 

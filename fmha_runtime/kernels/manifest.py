@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
-from .catalog import Tile
 from .spec import Arch, KernelSpec, Op
+from .tile import Tile
 
 SCHEMA = 2
 FOLDER = "manifest"

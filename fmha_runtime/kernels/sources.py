@@ -16,9 +16,9 @@ from pathlib import Path
 from .. import config
 from ..errors import ArtifactError
 from . import catalog
-from .catalog import Tile
 from .code_hash import Flattener
 from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
+from .tile import Tile
 
 _ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}
 _ABI = re.compile(r"^#define FMHA_ABI (\d+)$", re.MULTILINE)

@@ -13,9 +13,9 @@ from pathlib import Path
 from .. import config
 from ..errors import ArtifactError
 from . import catalog, manifest, sources
-from .catalog import Tile
 from .manifest import KernelRow
 from .spec import KernelSpec
+from .tile import Tile
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from ..device import emulator, loader
 from ..device.loader import Image, Kernel
 from ..errors import BuildError, InputError, KernelNotBuilt
 from ..kernels import catalog, manifest, sources, store
-from ..kernels.catalog import Tile
 from ..kernels.manifest import KernelRow
 from ..kernels.spec import KernelSpec
+from ..kernels.tile import Tile
 from ..toolchain import build, gxx, ptx
 from ..toolchain.nvcc import try_nvcc
 

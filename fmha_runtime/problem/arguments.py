@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, UnsupportedProblem
-from ..kernels.params import UNLIMITED
+from ..kernels.forward.params import UNLIMITED
 from ..kernels.spec import KvLayout, Mask, Score
 from . import tensors
 from .packed_mask import PackedMask

@@ -14,8 +14,9 @@ from itertools import product
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels import catalog, forced_tile
-from ..kernels.catalog import Tile
+from ..kernels.forward import tiles
 from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
+from ..kernels.tile import Tile
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Preference:
 
 
 def _is_short(p: Problem) -> bool:
-    return p.seqlen_k is not None and p.seqlen_k <= catalog.SHORT_KEYS
+    return p.seqlen_k is not None and p.seqlen_k <= tiles.SHORT_KEYS
 
 
 def _decodes_d64(p: Problem) -> bool:
@@ -127,9 +128,9 @@ _PREFERENCES = (
         lambda spec, arch: spec.arch is arch.targets[0],
         "{arch} kernels come first on this GPU (measured from 512 tokens up)",
     ),
-    _Preference(_is_short, lambda spec, arch: spec.short, f"up to {catalog.SHORT_KEYS} keys its short twin is faster"),
+    _Preference(_is_short, lambda spec, arch: spec.short, f"up to {tiles.SHORT_KEYS} keys its short twin is faster"),
     _Preference(
-        lambda p: not _is_short(p), lambda spec, arch: not spec.short, f"is cut for up to {catalog.SHORT_KEYS} keys"
+        lambda p: not _is_short(p), lambda spec, arch: not spec.short, f"is cut for up to {tiles.SHORT_KEYS} keys"
     ),
 )
 """The gravest first: which of two rows comes before the other is said by the first preference that tells them apart."""

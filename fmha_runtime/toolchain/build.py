@@ -19,10 +19,10 @@ from pathlib import Path
 
 from .. import config
 from ..errors import ArtifactError, BuildError
-from ..kernels import catalog, manifest, params, sources, store
-from ..kernels.catalog import Tile
+from ..kernels import catalog, manifest, sources, store
 from ..kernels.manifest import KernelRow
 from ..kernels.spec import KernelSpec
+from ..kernels.tile import Tile
 from . import publish
 from .nvcc import Nvcc, command_line, failure, find_host_cxx, run, try_nvcc
 
@@ -214,7 +214,7 @@ class Job:
             registers=registers,
             spill_bytes=spill_bytes,
             abi=sources.abi(),
-            params_size=ctypes.sizeof(params.block_type(self.spec)),
+            params_size=ctypes.sizeof(catalog.block(self.spec)),
             size=len(image),
             sha256=hashlib.sha256(image).hexdigest(),
             ptx_sha256=hashlib.sha256(ptx_text(self.folder / f"{self.spec.name}.ptx")).hexdigest(),

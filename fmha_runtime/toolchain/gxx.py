@@ -18,8 +18,8 @@ from pathlib import Path
 from .. import config
 from ..errors import ArtifactError, BuildError, ToolchainError
 from ..kernels import catalog, sources
-from ..kernels.catalog import Tile
 from ..kernels.spec import KernelSpec
+from ..kernels.tile import Tile
 
 
 def library(spec: KernelSpec, tile: Tile | None = None) -> Path:

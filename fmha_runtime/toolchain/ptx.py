@@ -7,8 +7,8 @@ import shutil
 
 from .. import config
 from ..kernels import catalog, sources
-from ..kernels.catalog import Tile
 from ..kernels.spec import KernelSpec
+from ..kernels.tile import Tile
 from . import publish
 from .build import digest, ptx_text
 from .nvcc import command_line, failure, find_host_cxx, find_nvcc, run

@@ -20,8 +20,8 @@ from ..bench import peers as bench_peers
 from ..bench.cells import SOFTCAP, Cell
 from ..errors import DriverError, FmhaError
 from ..kernels import catalog, sources
-from ..kernels.catalog import Tile
 from ..kernels.spec import Arch, KernelSpec, KvLayout, Mask, Score
+from ..kernels.tile import Tile
 from ..ops.forward.variants import variants
 from ..ops.pack import packer
 from ..toolchain import build

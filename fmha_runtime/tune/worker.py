@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..bench.cells import Cell
 from ..errors import DriverError, FmhaError
-from ..kernels.catalog import Tile
 from ..kernels.spec import KernelSpec
+from ..kernels.tile import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,10 +17,11 @@ from ... import config
 from ...device import driver, emulator, tensor_map
 from ...device.loader import Kernel
 from ...errors import DriverError, InputError, UnsupportedProblem
-from ...kernels import catalog, params
-from ...kernels.catalog import Tile
-from ...kernels.params import UNLIMITED, FwdSm90Params, FwdTmaParams
+from ...kernels import catalog
+from ...kernels.forward import params
+from ...kernels.forward.params import UNLIMITED, FwdSm90Params, FwdTmaParams
 from ...kernels.spec import KernelSpec
+from ...kernels.tile import Tile
 from ...problem import arguments, tensors
 from ...problem.arguments import NO_EXTRAS, Extras, Options, Shape
 from ...problem.packed_mask import PackedMask, pack

@@ -10,7 +10,7 @@ sections by the L2 alone -> these: d 128 2k 563 -> 583, 8k 668 -> 711, 16k 693 -
 
 from __future__ import annotations
 
-from ...kernels.params import UNLIMITED
+from ...kernels.forward.params import UNLIMITED
 from ...problem.arguments import Options, Shape
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from ...errors import InputError
 from ...kernels import catalog
-from ...kernels.catalog import Tile
 from ...kernels.spec import Arch, KernelSpec, Mask, Op
+from ...kernels.tile import Tile
 
 _CONSUMER_ROOM = {2: 216, 3: 136, 4: 92}
 """Registers a thread of a Hopper consumer has for S, P and O (setmaxnreg 232, 160 and 112), and a little over."""

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...device import driver, emulator, loader
 from ...errors import DriverError, InputError, UnsupportedProblem
-from ...kernels import catalog, params
-from ...kernels.catalog import Tile
+from ...kernels import catalog
+from ...kernels.pack import family as pack_family
+from ...kernels.pack import params
 from ...kernels.spec import Arch, DType, KernelSpec, Op
+from ...kernels.tile import Tile
 from ...problem import arrays, dispatch, packed_mask, tensors
 from ...problem.dispatch import Problem
 from ...problem.packed_mask import BLOCK, PackedMask
@@ -139,9 +141,7 @@ def run(
             None if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
             *mask.stride(), heads, rows, cols, sequences or 0, row_blocks, col_blocks,
         )  # fmt: skip
-        _launch(
-            kernel, grid, tile or catalog.tile(catalog.pack_spec(Arch.SM80)), p, (mask, cu_seqlens_q), (words, seen)
-        )
+        _launch(kernel, grid, tile or catalog.tile(pack_family.spec(Arch.SM80)), p, (mask, cu_seqlens_q), (words, seen))
     return PackedMask(words, seen, rows, cols, sequences)
 
 
@@ -163,7 +163,7 @@ def _launch(
 ) -> None:
     import torch
 
-    smem = catalog.smem_bytes(catalog.pack_spec(Arch.SM80), tile)
+    smem = catalog.smem_bytes(pack_family.spec(Arch.SM80), tile)
     block = ctypes.addressof(p)
     if isinstance(kernel, emulator.Kernel):
         given = [(t, False) for t in inputs if t is not None] + [(t, True) for t in outputs]

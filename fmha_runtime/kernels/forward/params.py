@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter block of a kernel: the Python side of kernel_src/fmha/params.h, checked field by field by a test."""
+"""The parameter block of an attention kernel: the Python side of params.h, checked field by field by a test."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
 
-from .spec import Arch, KernelSpec, Op
+from ..spec import Arch, KernelSpec
 
 ABI = 2
 """Must equal FMHA_ABI in params.h; a cubin with another number is never launched."""
@@ -107,34 +107,6 @@ class FwdSm90Params(ctypes.Structure):
         ("queue", ctypes.c_void_p),
         ("padding", ctypes.c_uint8 * 56),
     ]
-
-
-class PackMaskParams(ctypes.Structure):
-    """By-value argument of the mask packer; PackMaskParams of pack_mask.cuh. Strides are bytes."""
-
-    _fields_ = [
-        ("mask", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("any", ctypes.c_void_p),
-        ("cu_seqlens_q", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("col_stride", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("cols", ctypes.c_int32),
-        ("sequences", ctypes.c_int32),
-        ("row_blocks", ctypes.c_int32),
-        ("col_blocks", ctypes.c_int32),
-    ]
-
-
-def block_type(spec: KernelSpec) -> type[ctypes.Structure]:
-    """The struct that a kernel takes."""
-    if spec.op is Op.PACK:
-        return PackMaskParams
-    return FwdSm90Params if spec.arch is Arch.SM90A else FwdParams
 
 
 def allocate(spec: KernelSpec) -> FwdParams | FwdSm90Params:
