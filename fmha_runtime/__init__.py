@@ -28,6 +28,8 @@ _HOME = {
     "Plan": "ops.forward.plan",
     "Problem": "problem.dispatch",
     "Trace": "problem.dispatch",
+    "Arch": "kernels.spec",
+    "DType": "kernels.spec",
     "KernelSpec": "kernels.spec",
     "ArtifactError": "errors",
     "BuildError": "errors",
@@ -41,8 +43,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Arch",
     "ArtifactError",
     "BuildError",
+    "DType",
     "DriverError",
     "EmulatorFault",
     "FmhaError",
@@ -93,7 +97,7 @@ if TYPE_CHECKING:
         ToolchainError,
         UnsupportedProblem,
     )
-    from .kernels.spec import KernelSpec
+    from .kernels.spec import Arch, DType, KernelSpec
     from .ops.forward.plan import Plan
     from .ops.pack.packer import pack_mask
     from .problem.alibi import alibi_slopes

@@ -49,6 +49,6 @@ def test_demo_builds_the_kernels_that_the_gpu_will_be_given(monkeypatch, capsys)
 
     wanted = []
     monkeypatch.setattr(demo.driver, "capability", lambda index: (9, 0))
-    monkeypatch.setattr(demo.manifest, "find", lambda spec: wanted.append(spec.name) or object())
+    monkeypatch.setattr(demo.store, "find", lambda spec: wanted.append(spec.name) or object())
     demo._build(DType.BF16, "cuda")
     assert wanted == ["fmha_fwd_sm90a_bf16_d32", "fmha_fwd_sm90a_bf16_d32_short"]

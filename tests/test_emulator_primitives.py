@@ -278,8 +278,8 @@ def test_orders_are_different_schedules() -> None:
 
 def test_the_portable_fiber_switch_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What machines other than x86-64 use, exercised here."""
-    flags = (*emulator._RUNTIME_FLAGS, "-DFMHA_EMULATOR_UCONTEXT")
-    monkeypatch.setattr(emulator, "_RUNTIME_FLAGS", flags)
+    flags = (*sources.EMULATOR_CORE_FLAGS, "-DFMHA_EMULATOR_UCONTEXT")
+    monkeypatch.setattr(sources, "EMULATOR_CORE_FLAGS", flags)
     m, out = matrices(9), aligned(np.zeros((64, 4), np.uint32))
     body = "st_shared_v4(smem + (63 - t) * 16, ld_global_v4(in + t % 32 * 4)); sync_cta();"
     body += f"uint32_t r[4]; ldmatrix_x4(r, smem + t * 16); sync_cta(); {STORE}"

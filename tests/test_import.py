@@ -15,30 +15,35 @@ import fmha_runtime
 PACKAGE = Path(fmha_runtime.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module imports from its own floor or from below, never in a circle. A new file needs its place.
-FLOORS = {
-    0: "errors config spec alibi records",
-    1: "code_hash catalog forced_tile sources manifest store params publish ledger",
-    2: "nvcc build ptx check disassembly gxx driver emulator tensors interop packed_mask tensor_map",
-    3: "call dispatch emulated_launch launch loader obtain mask_packer merge reference sections torch_ops",
-    4: "api eager",
-    5: "verify verify_cases verify_check verify_pack bench bench_record plots doctor inspection progress"
-    " report selection integrations integrations.torch_sdpa integrations.transformers"
-    " integrations.transformers_masks integrations.transformers_paged integrations.vllm"
-    " compat compat.shared compat.kvcache compat.bert_padding compat.flash_attn compat.flash_attn_3"
-    " bench_cells bench_libraries bench_peers bench_provider"
-    " tune tune_record tune_variants tune_worker",
-    6: "cli demo",
-    7: "__init__ __main__",
-}
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+# Folders are floors: a file imports from its own folder and from floors above its own in this list. Folders that share
+# a line know nothing of each other. So do the op folders inside ops/ and kernels/.
+FLOORS = (
+    "errors",
+    "config",
+    "records",
+    "kernels",
+    "toolchain",
+    "device",
+    "problem",
+    "ops",
+    "calls",
+    "verify bench",
+    "tune",
+    "integrations compat",
+    "cli",
+    "demo",
+    "__main__",
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+OPS = {"kernels": {"forward", "pack"}, "ops": {"forward", "pack", "combine"}}
+PUBLIC = "__init__"  # names of the package, each loaded from its home when it is asked for
 
 DOORS = {
-    "cuda.bindings": {"driver", "tensor_map"},
-    "cuda.pathfinder": {"nvcc"},
-    "subprocess": {"nvcc", "gxx"},
-    "click": {"cli"},
-    "rich": {"cli", "progress"},
+    "cuda.bindings": {"device.driver", "device.tensor_map"},
+    "cuda.pathfinder": {"toolchain.nvcc"},
+    "subprocess": {"toolchain.nvcc", "toolchain.gxx"},
+    "click": {"cli.program"},
+    "rich": {"cli.program", "cli.progress"},
 }
 NETWORK = {"socket", "ssl", "http", "urllib", "requests", "ftplib", "httpx"}
 
@@ -48,48 +53,112 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def walk(node):
-    """Every node that runs: all but the bodies of ``if TYPE_CHECKING``."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        yield child
-        yield from walk(child)
+MODULES = {module_name(path): path for path in FILES}
 
 
 def imports(path):
-    """(own modules, foreign modules) that a file imports, inside functions too."""
+    """(own modules, foreign modules) that a file imports, in functions and under TYPE_CHECKING too."""
     own, foreign = set(), set()
-    for node in walk(ast.parse(path.read_text())):
+    me = module_name(path)
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("fmha_runtime") for alias in node.names), f"{me}: import relatively"
             foreign.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             foreign.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            inside = path.parent.relative_to(PACKAGE).parts[: 2 - node.level]
-            base = ".".join((*inside, *filter(None, [node.module])))
-            if base in FLOOR:  # from .module import thing
-                own.add(base)
-            else:  # from . import module, or a public name by way of __init__
-                names = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
-                own.update(fmha_runtime._HOME.get(name, name) for name in names)
+            inside = path.parent.relative_to(PACKAGE).parts
+            base = ".".join((*inside[: len(inside) - node.level + 1], *filter(None, [node.module])))
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                if name in MODULES:
+                    own.add(name)
+                elif base in MODULES:  # from .module import thing
+                    own.add(base)
+                else:  # a public name by way of __init__
+                    assert base == "", f"{me} imports {alias.name} from {base or 'the package'}, which is no module"
+                    own.add(fmha_runtime._HOME.get(alias.name, PUBLIC))
     return own, foreign
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_go_down(path):
-    name = module_name(path)
-    assert name in FLOOR, f"{name} has no floor; give it one in this test"
-    for other in imports(path)[0] - {name, "__version__"}:
-        assert other in FLOOR, f"{name} imports {other}, which has no floor"
-        assert FLOOR[other] <= FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {other}"
+def top(name):
+    return name.partition(".")[0]
+
+
+def objection(name, other):
+    """What is wrong with an import of one module by another; empty when nothing is."""
+    if top(other) != top(name):
+        fine = FLOOR[top(other)] < FLOOR[top(name)]
+        return "" if fine else f"{name} imports {other}, which lies on a lower floor, or on its own behind another door"
+    mine, theirs = (
+        [part for part in module.split(".")[1:-1] if part in OPS.get(top(name), ())] for module in (name, other)
+    )
+    return f"{name} imports {other}: ops know nothing of each other" if mine and theirs and mine != theirs else ""
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != PUBLIC])
+def test_imports_go_down(name):
+    assert top(name) in FLOOR, f"{name} lies on no floor; give its folder a place in this test"
+    for other in imports(MODULES[name])[0] - {name, PUBLIC}:
+        assert not objection(name, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "fine"),
+    [
+        ("ops.forward.plan", "kernels.spec", True),
+        ("kernels.spec", "ops.forward.plan", False),
+        ("verify.run", "bench.run", False),
+        ("tune.run", "bench.run", True),
+        ("ops.pack.cases", "ops.suite", True),
+        ("ops.pack.cases", "ops.forward.check", False),
+        ("kernels.catalog", "kernels.forward.family", True),
+        ("compat.kvcache", "integrations.vllm", False),
+    ],
+)
+def test_the_rule_itself(name, other, fine):
+    assert name in MODULES and other in MODULES
+    assert (objection(name, other) == "") is fine
+
+
+def test_only_the_version_is_asked_of_the_package():
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and not node.module and name != PUBLIC:
+                names = {alias.name for alias in node.names}
+                if node.level == len(path.relative_to(PACKAGE).parts):
+                    assert all(n in MODULES or top(n) in FLOOR or n in fmha_runtime.__all__ for n in names), (
+                        name,
+                        names,
+                    )
+
+
+def test_the_rule_sees_what_hides(tmp_path):
+    """An import under TYPE_CHECKING or in a function is one."""
+    path = PACKAGE / "kernels" / "catalog.py"
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..ops.forward.plan import Plan\n"
+    text += "def f():\n    from ..cli import report\n"
+
+    class File:
+        parent = path.parent
+        read_text = staticmethod(lambda: text)
+        relative_to = path.relative_to
+
+    assert imports(File)[0] == {"ops.forward.plan", "cli.report"}
 
 
 def test_no_import_circle():
-    graph = {module_name(path): imports(path)[0] for path in FILES}
+    graph = {name: imports(path)[0] - {name, PUBLIC} for name, path in MODULES.items() if name != PUBLIC}
     while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
         graph = {name: needs for name, needs in graph.items() if name not in leaves}
     assert not graph
+
+
+def test_every_public_name_has_its_home():
+    for name, home in fmha_runtime._HOME.items():
+        assert home in MODULES, (name, home)
+        assert hasattr(fmha_runtime, name)
+    assert set(fmha_runtime.__all__) == {*fmha_runtime._HOME, "__version__"}
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -117,8 +117,8 @@ def test_kernels_run_on_the_gpu_and_references_on_the_cpu(
         failures = (Failure("output", "off"),) if wrong else ()
         return CaseResult(case, "FAIL" if wrong else "ok", failures=failures)
 
-    monkeypatch.setattr(tool.loader, "load", lambda spec, device: None)
-    monkeypatch.setattr(tool.verify, "check_case", check_case)
+    monkeypatch.setattr(tool.obtain, "kernel", lambda spec, device: None)
+    monkeypatch.setattr(tool.verifier, "check_case", check_case)
     code = tool.work(KernelSpec.parse("fmha_fwd_sm90a_bf16_d64_packed"), "racecheck", False, False)
     assert asked == [(i, "cuda:0", "cpu") for i in tool.CASES]
     output = capsys.readouterr().out + CLEAN.splitlines()[-1] + "\n"

@@ -108,7 +108,8 @@ def test_a_forked_child_computes(used, device):
 
 def test_a_child_of_a_busy_parent_computes():
     """Another thread of the parent holds the lock of a plan while the process forks."""
-    code = FORK.replace("sys.stdout.flush()\npid", "(plan,) = fmha.eager._plans.values()\nplan._lock.acquire()\npid", 1)
+    busy = "from fmha_runtime.calls import route\n(plan,) = route._plans.values()\nplan._lock.acquire()\n"
+    code = FORK.replace("sys.stdout.flush()\npid", busy + "pid", 1)
     call = "fmha.attention(q, q, q, device='emulator')"
     assert child(code.format(before=call, inside=f"print(torch.equal({call}, before))")) == "True\n"
 

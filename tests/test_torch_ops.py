@@ -139,7 +139,7 @@ assert torch.equal(out, fmha.attention(q, q, q))
 
 def test_importing_defines_nothing():
     code = """
-import torch, fmha_runtime, fmha_runtime.api, fmha_runtime.torch_ops
+import torch, fmha_runtime, fmha_runtime.calls.api, fmha_runtime.calls.torch_ops
 assert not hasattr(torch.ops.fmha, "fwd")
 fmha_runtime.register_torch_ops()
 fmha_runtime.register_torch_ops()

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DriverError, EmulatorFault
 from ...kernels.spec import DType, KernelSpec
+from ..suite import CaseResult, Failure
 from . import reference
 from .cases import Case, Inputs, inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..pack.cases import PackCase
 
 Runner = Callable[..., Any]
 """``runner(q, k, v, **options)`` with the options of ``launch.run``: returns out, or (out, lse)."""
@@ -35,48 +35,6 @@ EDITION = 1
 
 _CANARY = -1280.0  # exact in fp16 and bf16; no case comes near it
 _GUARD = 64  # floats before and after the log-sum-exp
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One broken promise of one case. The numbers are those at ``coordinate``, the worst place."""
-
-    check: str  # output, l2, lse, empty rows, canary, repeat, options, fault
-    message: str
-    coordinate: tuple[int, ...] | None = None
-    got: float | None = None
-    want: float | None = None
-    baseline_error: float | None = None
-
-    def __str__(self) -> str:
-        text = f"{self.check}: {self.message}"
-        if self.coordinate is not None:
-            text += f" at {list(self.coordinate)}: got {self.got!r}, want {self.want!r}"
-        if self.baseline_error is not None:
-            text += f", the low-precision baseline is off by {self.baseline_error:.3e} there"
-        return text
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What one case showed. ``word`` is "ok", "FAIL" or "skipped"; then the numbers are 0."""
-
-    case: Case | PackCase
-    word: str
-    reason: str = ""
-    failures: tuple[Failure, ...] = ()
-    max_error: float = 0.0
-    allowed: float = 0.0
-    rel_l2: float = 0.0
-    lse_error: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        """Largest error over what the number rule allows; at most 1 in a passing case."""
-        if self.allowed == 0:
-            return 0.0 if self.max_error == 0 else math.inf
-        return self.max_error / self.allowed
 
 
 def limits(dtype: DType) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ...errors import DriverError, EmulatorFault
 from ...kernels.spec import KernelSpec
 from ...problem import packed_mask
 from ...problem.packed_mask import PackedMask
-from ..forward.check import CaseResult, Failure
+from ..suite import CaseResult, Failure
 
 if TYPE_CHECKING:
     from torch import Tensor
