@@ -64,7 +64,7 @@ class TestWithAPretendedCompiler:
         root = artefacts.editable_sources(tmp_path, monkeypatch)
         row = build.build([SMALL])[0].row
         if change == "source":
-            (root / "fmha" / "mask.cuh").open("a").write("int more;\n")
+            (root / "fmha" / "blocks/mask.cuh").open("a").write("int more;\n")
         elif change == "tile":
             monkeypatch.setattr(catalog, "tile", lambda spec: Tile(64, 32, 4, 2, 1))
         elif change == "compiler":
@@ -88,7 +88,7 @@ class TestWithAPretendedCompiler:
         assert not leftovers(self.cache)
 
     def test_sources_edited_meanwhile_are_not_mistaken_for_the_compiled_ones(self, tmp_path, monkeypatch):
-        header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "mask.cuh"
+        header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "blocks/mask.cuh"
         text = self.nvcc.path.read_text()
         self.nvcc.path.write_text(text.replace("(echo", f'echo "int edited;" >> {header}\n(echo'))
         result = build.build([SMALL])[0]
@@ -341,10 +341,10 @@ class TestWithTheRealCompiler:
 
     def test_a_source_error_leaves_nothing(self, tmp_path, monkeypatch):
         root = artefacts.editable_sources(tmp_path, monkeypatch)
-        (root / "fmha" / "mask.cuh").open("a").write("\nthis is not C++\n")
+        (root / "fmha" / "blocks/mask.cuh").open("a").write("\nthis is not C++\n")
         result = build.build([SMALL])[0]
         assert result.status == "failed"
-        assert "mask.cuh" in str(result.error) and "error" in result.log
+        assert "blocks/mask.cuh" in str(result.error) and "error" in result.log
         assert list(self.cache.iterdir()) == []
 
     def test_a_disagreement_about_shared_memory_does_not_compile(self, monkeypatch):

@@ -45,59 +45,61 @@ LOOP_TOP = r"(while \(n_block >= range\.begin\) \{\s*)"
 WAIT = r"(cp_async_wait<Traits::kStages - 2>\(\);\s*)"
 
 MUTANTS = {
-    "main loop without its wait": Mutant("fwd_sm80.cuh", LOOP_TOP + WAIT, r"\1", "while a cp_async_16 .* in flight"),
+    "main loop without its wait": Mutant("forward/mma.cuh", LOOP_TOP + WAIT, r"\1", "while a cp_async_16 .* in flight"),
     "main loop waits for one group too few": Mutant(
-        "fwd_sm80.cuh",
+        "forward/mma.cuh",
         LOOP_TOP + WAIT,
         r"\1cp_async_wait<Traits::kStages - 1>(); ",
         "while a cp_async_16 .* in flight",
     ),
     "main loop without its barrier": Mutant(
-        "fwd_sm80.cuh",
+        "forward/mma.cuh",
         LOOP_TOP + WAIT + r"sync_cta\(\);",
         r"\1\2",
         "race|in flight|nobody has written",
     ),
-    "copies never committed": Mutant("fwd_sm80.cuh", r"\bcp_async_commit\(\);", "", "while a cp_async_16 .* in flight"),
+    "copies never committed": Mutant(
+        "forward/mma.cuh", r"\bcp_async_commit\(\);", "", "while a cp_async_16 .* in flight"
+    ),
     "next tile lands on the one being read": Mutant(
-        "fwd_sm80.cuh",
+        "forward/mma.cuh",
         r"const int free_stage = [^;]*;",
         "const int free_stage = stage;",
         "race|in flight",
     ),
     "rows behind the sequence are read": Mutant(
-        "tile_copy.cuh",
+        "blocks/tile_copy.cuh",
         r"\bdone < rows_left\b",
         "true",
         "cp_async_16: reads 16 bytes at byte offset",
     ),
     "surplus of the head dim is not zeroed": Mutant(
-        "tile_copy.cuh",
+        "blocks/tile_copy.cuh",
         r"for \(int row = thread; row < rows;",
         "for (int row = rows; row < rows;",
         "nobody has written",
         "fmha_fwd_sm90_bf16_d72",
     ),
     "rows behind the sequence are stored": Mutant(
-        "epilogue.cuh", r"warp_row \+ row < q_len", "true", "st_global_v4: stores 16 bytes at byte"
+        "blocks/epilogue.cuh", r"warp_row \+ row < q_len", "true", "st_global_v4: stores 16 bytes at byte"
     ),
     "log-sum-exp behind the sequence is stored": Mutant(
-        "epilogue.cuh", r" && row < q_len\b", "", "st_global_f32: stores 4 bytes at byte offset"
+        "blocks/epilogue.cuh", r" && row < q_len\b", "", "st_global_f32: stores 4 bytes at byte offset"
     ),
     "O overwrites Q while others read it": Mutant(
-        "epilogue.cuh", r"sync_warp\(\);(?=\s*//)", "", "st_shared_u32: race"
+        "blocks/epilogue.cuh", r"sync_warp\(\);(?=\s*//)", "", "st_shared_u32: race"
     ),
     "O is read before it is written": Mutant(
-        "epilogue.cuh", r"sync_warp\(\);(?!\s*//)", "", "ld_shared_v4: race|st_shared_u32: race"
+        "blocks/epilogue.cuh", r"sync_warp\(\);(?!\s*//)", "", "ld_shared_v4: race|st_shared_u32: race"
     ),
     "pages behind the sequence are looked up": Mutant(
-        "paged_kv.cuh",
+        "blocks/paged_kv.cuh",
         r"token < end_row \? (ld_global_s32\(.*?\)\)) : 0",
         r"\1",
         "ld_global_s32: .* byte offset",
         "fmha_fwd_sm90_bf16_d64_paged",
     ),
-    "K is read where V lies": Mutant("fwd_sm80.cuh", r"address\.k \+ stage_offset", "address.v + stage_offset", ""),
+    "K is read where V lies": Mutant("forward/mma.cuh", r"address\.k \+ stage_offset", "address.v + stage_offset", ""),
 }
 
 

@@ -20,7 +20,9 @@ SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
 IN_FLIGHT = "wgmma: reads shared memory offset .* while a tma_load_4d to it"
 
 
-def mutant(pattern: str, replacement: str, fault: str, file: str = "fwd_sm90.cuh", kernel: str = SPEC.name) -> Mutant:
+def mutant(
+    pattern: str, replacement: str, fault: str, file: str = "forward/wgmma.cuh", kernel: str = SPEC.name
+) -> Mutant:
     return Mutant(file, pattern, replacement, fault, kernel)
 
 
@@ -30,7 +32,7 @@ WAIT_PV = r"wgmma_wait<0>\(\);  // only now[^\n]*\n"
 
 MUTANTS = {
     "barriers not shown to the copy engine": mutant(
-        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init", "smem_sm90.cuh"
+        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init", "forward/smem_sm90.cuh"
     ),
     "barriers used before they are initialised": mutant(
         r"(smem\.init_barriers\(\);\s*\}\s*)sync_cta\(\);",
@@ -56,7 +58,7 @@ MUTANTS = {
         kernel="fmha_fwd_sm90a_bf16_d160",  # one stage of Q: it is replaced as soon as it may
     ),
     "the queue of tiles is not put back": mutant(
-        r"st_global_u32\(queue, 0\);", "", "left its tile queue at 6", file="tile_queue.cuh"
+        r"st_global_u32\(queue, 0\);", "", "left its tile queue at 6", file="blocks/tile_queue.cuh"
     ),
     "a consumer that passes keeps the turn": mutant(
         r"pass_turn\(\);(\s*release\(smem\.k_empty\(ring\.stage\)\);\s*mbarrier_wait)", r"\1", "deadlock"
@@ -90,14 +92,14 @@ MUTANTS = {
         r"mbarrier_init\(v_empty\(stage\), kConsumerWarps\)",
         "mbarrier_init(v_empty(stage), kConsumerWarps + 1)",
         "deadlock.* of 13 arrivals",
-        "smem_sm90.cuh",
+        "forward/smem_sm90.cuh",
     ),
     "wrong number of bytes": mutant(r"Traits::kKBytes\);", "Traits::kKBytes + 16);", "deadlock.* bytes announced"),
     "parity of the ring never flips": mutant(
         r"parity \^= 1;(?=\s*\}\s*\}\s*FMHA_DEVICE RingPosition previous)",
         "",
         "more arrivals than|deadlock|tma_load_4d|wgmma",
-        "smem_sm90.cuh",
+        "forward/smem_sm90.cuh",
     ),
     "zeroed rows of V not shown to the tensor cores": mutant(
         r"fence_async_shared\(\);", "", "no fence_async_shared made it visible"

@@ -13,7 +13,6 @@ import torch
 from emulator_probe import aligned, run
 
 from fmha_runtime import config
-from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.ops import obtain
 from fmha_runtime.toolchain import nvcc

@@ -180,7 +180,7 @@ def test_another_abi_is_stale(row, monkeypatch):
 
 
 def test_other_sources_are_stale(row, tmp_path, monkeypatch):
-    header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "mask.cuh"
+    header = artefacts.editable_sources(tmp_path, monkeypatch) / "fmha" / "blocks/mask.cuh"
     assert store.find(SMALL) == row
     header.write_text("// A comment changes no byte of a cubin.\n" + header.read_text())
     assert store.find(SMALL) == row

@@ -180,14 +180,14 @@ SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d80_packed")
 
 
 def mutant(
-    pattern: str, replacement: str, fault: str, file: str = "packed_sm90.cuh", kernel: str = SPEC.name
+    pattern: str, replacement: str, fault: str, file: str = "forward/packed_sm90.cuh", kernel: str = SPEC.name
 ) -> Mutant:
     return Mutant(file, pattern, replacement, fault, kernel)
 
 
 MUTANTS = {
     "consumers visit every tile": mutant(
-        r"after = tile_after\(n_block\);(?=\s*more)", "after = n_block - 1;", "deadlock", "fwd_sm90.cuh"
+        r"after = tile_after\(n_block\);(?=\s*more)", "after = n_block - 1;", "deadlock", "forward/wgmma.cuh"
     ),
     "a word's summary is of the first row block only": mutant(
         r"i < kRowBlocks; \+\+i\) \{\s*seen", "i < 1; ++i) { seen", ""
@@ -197,11 +197,11 @@ MUTANTS = {
         r"own\(p, seq, work\.batch, work\.head, row_begin,",
         "own(p, seq, work.batch, work.head, work.row_begin,",
         "",
-        "fwd_sm90.cuh",
+        "forward/wgmma.cuh",
     ),
-    "a consumer is done too early": mutant(r"more = after >= leftmost;", "more = false;", "", "fwd_sm90.cuh"),
+    "a consumer is done too early": mutant(r"more = after >= leftmost;", "more = false;", "", "forward/wgmma.cuh"),
     "a consumer starts where another does": mutant(
-        r"own\.left_of\(range\.end\) \+ 1;", "range.begin + 1;", "deadlock|byte offset", "fwd_sm90.cuh"
+        r"own\.left_of\(range\.end\) \+ 1;", "range.begin + 1;", "deadlock|byte offset", "forward/wgmma.cuh"
     ),
     "the second word is not there": mutant(r"i \+ 1 < kWords \? words\[i \+ 1\] : 0", "words[kWords] * 0", ""),
     "tiles begin where blocks do": mutant(r"Traits::kBlockN % 64 / 2\)", "Traits::kBlockN % 64 * 0)", ""),
@@ -210,11 +210,14 @@ MUTANTS = {
         r"(\s*mbarrier_arrive_expect[^;]*;)",
         r"\2 \1",
         "race at .*(next|wrote with|read with)|ld_shared_v4",
-        "fwd_sm90.cuh",
+        "forward/wgmma.cuh",
         "fmha_fwd_sm90a_bf16_d64_packed",  # of two Q stages: with one, Q comes after the first K, and brings it along
     ),
     "all lanes read what lane 0 hands back": mutant(
-        r"lane == 0 \? (static_cast<int>\(ld_shared_v4\(smem\.next_tile.*?\)) : 0;", r"\1;", "race at", "fwd_sm90.cuh"
+        r"lane == 0 \? (static_cast<int>\(ld_shared_v4\(smem\.next_tile.*?\)) : 0;",
+        r"\1;",
+        "race at",
+        "forward/wgmma.cuh",
     ),
     "words beyond the columns are read": mutant(
         r"at < static_cast<uint32_t>\(col_blocks\)\s*\?\s*(PackedMask::load\(from \+ at \* 128\)) : 0",

@@ -141,7 +141,7 @@ def test_any_lengths(lengths, sq, page, seed, causal, d, window):
 # --- mutants
 
 
-def mutant(pattern: str, replacement: str, fault: str, file: str = "paged_sm90.cuh") -> Mutant:
+def mutant(pattern: str, replacement: str, fault: str, file: str = "forward/paged_sm90.cuh") -> Mutant:
     return Mutant(file, pattern, replacement, fault, SPEC.name)
 
 
@@ -158,7 +158,7 @@ MUTANTS = {
     "pieces larger than a page": mutant(
         r"return page_bits < kTileBits[^;]*;", "return kTileBits;", "deadlock|bytes announced|outside"
     ),
-    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ byte, [^;]*;", "", "", "fwd_sm90.cuh"),
+    "rows of V past the length stay": mutant(r"st_shared_v4\(group \+ byte, [^;]*;", "", "", "forward/wgmma.cuh"),
 }
 
 

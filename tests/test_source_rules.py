@@ -60,5 +60,5 @@ def test_every_header_is_reached_by_a_kernel():
 def test_the_translation_unit_names_the_kernel_once():
     text = sources.render(SPEC, catalog.tile(SPEC))
     assert text.count(SPEC.name) == 1
-    assert text.startswith('#include "fwd_sm80.cuh"\n')
+    assert text.startswith('#include "forward/mma.cuh"\n')
     assert len(text.splitlines()) <= 12

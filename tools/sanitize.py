@@ -57,9 +57,9 @@ MUTANT_SPEC = "fmha_fwd_sm90_bf16_d64"
 
 _LOOP_TOP = r"(while \(n_block >= range\.begin\) \{\s*cp_async_wait<Traits::kStages - 2>\(\);\s*)sync_cta\(\);"
 MUTANTS = {
-    "memcheck": ("epilogue.cuh", r" && row < q_len\b", ""),
-    "racecheck": ("fwd_sm80.cuh", _LOOP_TOP, r"\1"),
-    "synccheck": ("fwd_sm80.cuh", _LOOP_TOP, r"\1if (thread_idx() % 32 < 16) sync_cta();"),
+    "memcheck": ("blocks/epilogue.cuh", r" && row < q_len\b", ""),
+    "racecheck": ("forward/mma.cuh", _LOOP_TOP, r"\1"),
+    "synccheck": ("forward/mma.cuh", _LOOP_TOP, r"\1if (thread_idx() % 32 < 16) sync_cta();"),
 }
 """Tool -> (file, pattern, replacement) of the fault that it must find."""
 

@@ -49,7 +49,7 @@ def _family(spec: KernelSpec) -> str:
 
 def header(spec: KernelSpec) -> str:
     """The header, inside ``kernel_src/fmha``, that defines this kernel."""
-    return f"{_family(spec)}.cuh"
+    return {"fwd_sm80": "forward/mma.cuh", "fwd_sm90": "forward/wgmma.cuh", "pack_mask": "pack/mask.cuh"}[_family(spec)]
 
 
 def render(spec: KernelSpec, tile: Tile) -> str:

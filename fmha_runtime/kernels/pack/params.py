@@ -7,7 +7,7 @@ import ctypes
 
 
 class PackMaskParams(ctypes.Structure):
-    """By-value argument of the mask packer; PackMaskParams of pack_mask.cuh. Strides are bytes."""
+    """By-value argument of the mask packer; PackMaskParams of its header. Strides are bytes."""
 
     _fields_ = [
         ("mask", ctypes.c_void_p),

@@ -3,8 +3,8 @@
 #pragma once
 #include <ptx/sm90.cuh>
 
-#include "seqlen.cuh"
-#include "traits_sm90.cuh"
+#include "blocks/seqlen.cuh"
+#include "forward/traits_sm90.cuh"
 
 namespace fmha {
 

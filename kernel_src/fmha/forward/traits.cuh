@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything about a forward kernel that is fixed at compile time: the one template argument of the kernel.
 #pragma once
-#include "smem.cuh"
+#include "blocks/smem.cuh"
 
 namespace fmha {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <ptx/sm90.cuh>
 
-#include "traits.cuh"
+#include "forward/traits.cuh"
 
 namespace fmha {
 

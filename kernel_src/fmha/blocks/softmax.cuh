@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Online softmax in the exp2 domain (FlashAttention-2, algorithm 1, with log2(e) folded into the scale).
 #pragma once
-#include "mask.cuh"
+#include "blocks/mask.cuh"
 
 namespace fmha {
 

@@ -3,8 +3,8 @@
 // S. The layout of a mask is in mask.cuh; here its words come early, under the products, and are looked at only where
 // one of them hides something.
 #pragma once
-#include "mask.cuh"
-#include "traits_sm90.cuh"
+#include "blocks/mask.cuh"
+#include "forward/traits_sm90.cuh"
 
 namespace fmha {
 

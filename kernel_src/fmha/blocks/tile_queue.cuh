@@ -3,7 +3,7 @@
 #pragma once
 #include <ptx/sm90.cuh>
 
-#include "params_sm90.h"
+#include "forward/params_sm90.h"
 
 namespace fmha {
 

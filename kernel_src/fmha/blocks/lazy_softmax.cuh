@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Online softmax that hardly ever touches O: FlashAttention-4's conditional rescaling.
 #pragma once
-#include "softmax.cuh"
+#include "blocks/softmax.cuh"
 
 namespace fmha {
 

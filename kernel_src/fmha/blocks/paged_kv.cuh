@@ -2,8 +2,8 @@
 // K and V tiles of one head, from tensors or from a pool of pages.
 #pragma once
 #include "params.h"
-#include "seqlen.cuh"
-#include "tile_copy.cuh"
+#include "blocks/seqlen.cuh"
+#include "blocks/tile_copy.cuh"
 
 namespace fmha {
 

@@ -2,7 +2,7 @@
 // Masks on the fragments of S. Thread layout of an m16n8 accumulator: rows lane / 4 and lane / 4 + 8, columns
 // 2 * (lane % 4) and the next (PTX ISA, "Matrix fragments for mma.m16n8k16").
 #pragma once
-#include "seqlen.cuh"
+#include "blocks/seqlen.cuh"
 
 namespace fmha {
 

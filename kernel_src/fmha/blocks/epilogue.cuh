@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stores O and the log-sum-exp of a warp's rows.
 #pragma once
-#include "softmax.cuh"
-#include "traits.cuh"
+#include "blocks/softmax.cuh"
+#include "forward/traits.cuh"
 
 namespace fmha {
 

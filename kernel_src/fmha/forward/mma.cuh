@@ -8,15 +8,15 @@
 #pragma once
 #include <ptx/sm80.cuh>
 
-#include "epilogue.cuh"
-#include "paged_kv.cuh"
+#include "blocks/epilogue.cuh"
+#include "blocks/paged_kv.cuh"
 #include "params.h"
-#include "scheduler.cuh"
-#include "score.cuh"
-#include "seqlen.cuh"
-#include "softmax.cuh"
-#include "tile_copy.cuh"
-#include "traits.cuh"
+#include "blocks/scheduler.cuh"
+#include "blocks/score.cuh"
+#include "blocks/seqlen.cuh"
+#include "blocks/softmax.cuh"
+#include "blocks/tile_copy.cuh"
+#include "forward/traits.cuh"
 
 namespace fmha {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softcap on the fragments of S: tanh without the special function unit wherever the scores are far below the cap.
 #pragma once
-#include "lazy_softmax.cuh"
-#include "score.cuh"
+#include "blocks/lazy_softmax.cuh"
+#include "blocks/score.cuh"
 
 namespace fmha {
 

@@ -5,7 +5,7 @@
 #include <ptx/common.cuh>
 
 #include "params.h"
-#include "traits.cuh"
+#include "forward/traits.cuh"
 
 namespace fmha {
 

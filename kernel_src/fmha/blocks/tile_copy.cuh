@@ -3,7 +3,7 @@
 #pragma once
 #include <ptx/sm80.cuh>
 
-#include "smem.cuh"
+#include "blocks/smem.cuh"
 
 namespace fmha {
 

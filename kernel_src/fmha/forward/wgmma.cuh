@@ -10,18 +10,18 @@
 #include <ptx/sm90.cuh>
 #include <ptx/wgmma.cuh>
 
-#include "epilogue.cuh"
-#include "lazy_softmax.cuh"
-#include "packed_sm90.cuh"
-#include "paged_sm90.cuh"
-#include "params_sm90.h"
-#include "scheduler.cuh"
-#include "score.cuh"
-#include "seqlen.cuh"
-#include "smem_sm90.cuh"
-#include "softcap_sm90.cuh"
-#include "tile_queue.cuh"
-#include "traits_sm90.cuh"
+#include "blocks/epilogue.cuh"
+#include "blocks/lazy_softmax.cuh"
+#include "forward/packed_sm90.cuh"
+#include "forward/paged_sm90.cuh"
+#include "forward/params_sm90.h"
+#include "blocks/scheduler.cuh"
+#include "blocks/score.cuh"
+#include "blocks/seqlen.cuh"
+#include "forward/smem_sm90.cuh"
+#include "forward/softcap_sm90.cuh"
+#include "blocks/tile_queue.cuh"
+#include "forward/traits_sm90.cuh"
 
 namespace fmha {
 

@@ -5,7 +5,7 @@
 #include <ptx/sm90.cuh>
 
 #include "params.h"
-#include "traits_sm90.cuh"
+#include "forward/traits_sm90.cuh"
 
 namespace fmha {
 
