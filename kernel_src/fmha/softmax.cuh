@@ -21,7 +21,7 @@ struct Softmax {
     }
 
     // A sink is a key without a value: it takes its share of the weights and adds nothing to O. It comes first, so that
-    // nothing overflows however large it is. `sink` is a natural logarithm, finite or -inf.
+    // nothing overflows, however large it is. `sink` is a logit in natural units, finite or -inf.
     FMHA_DEVICE void add_sink(float sink, float scale_log2, int lane) {
         constexpr float kLog2E = 1.44269504088896341f;
         if (sink == kMinusInfinity) {
