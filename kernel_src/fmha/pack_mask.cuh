@@ -26,7 +26,7 @@ struct PackMaskParams {
     int32_t col_blocks;
 };
 
-static_assert(sizeof(PackMaskParams) == 88, "PackMaskParams and fmha_runtime/params.py must agree.");
+static_assert(sizeof(PackMaskParams) == 88, "PackMaskParams and its Python mirror must agree.");
 
 // A CTA packs 64 rows x 2048 columns: one word of `any`, so that nothing is combined across CTAs. Four warps hold the
 // 16 rows each of a block; kWarps / 4 such groups share the 32 blocks, kDepth blocks of a group at a time in flight.

@@ -79,7 +79,6 @@ struct FwdTmaParams {
     int32_t ctas;  // size of the grid: CTAs that share the tiles (tile_queue.cuh)
 };
 
-static_assert(sizeof(FwdParams) == 320,
-              "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
+static_assert(sizeof(FwdParams) == 320, "FwdParams and its Python mirror must agree: bump FMHA_ABI with any change");
 
 }  // namespace fmha
