@@ -72,7 +72,7 @@ def attention(
         sinks: [H] fp32; the logit of one more key per head that has no value: it takes weight and is part of the LSE.
         mask: which keys each query sees, True = attend: bool [Sq, Sk] or [B or 1, H or 1, Sq, Sk], or what
             ``pack_mask`` made of it. A bool mask is packed in every call; pack once what is used again. Causal, window
-            and             lengths apply on top. Keys beyond the mask's columns are not seen.
+            and lengths apply on top. Keys beyond the mask's columns are not seen.
         attention_chunk: a query sees only keys of its own chunk of this many positions; None = off.
         seqused_k: [B] int32, keys of each sequence that exist (right-padded K and V); None = all.
         out: tensor to write, [B, Sq, H, Dv]; default a new contiguous one.
@@ -137,7 +137,7 @@ def attention_varlen(
         max_seqlen_q: longest query sequence, or an upper bound of it.
         max_seqlen_k: longest key sequence, or an upper bound of it.
         mask: bool [Tq, columns] or [H or 1, Tq, columns], column j of a token's row is key j of its sequence; or packed
-            by             ``pack_mask(mask, cu_seqlens_q=cu_seqlens_q)``.
+            by ``pack_mask(mask, cu_seqlens_q=cu_seqlens_q)``.
         seqused_k: [B] int32, keys at the start of each segment that exist; None = all.
 
     The other arguments are those of ``attention``.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of any public function: its plan found or made and launched, or written down by whoever traces.
+"""One call of any public function: its plan is found or made and launched; a traced call becomes an operator instead.
 
 Plans are kept by geometry and options, so that a warm call is one look-up and one launch.
 """
@@ -101,7 +101,7 @@ def _trace(
     softcap: Any, chunk: Any, alibi: Any, sinks: Any, table: Any, mask: Any, used: Any, out: Any, return_lse: bool,
     device: Any, stream: Any, fallback: Any, cache: bool, tile: str | None,
 ) -> Any:  # fmt: skip
-    """The call as an operator, which whoever traces writes down and whose checks run with it."""
+    """The call as an operator, for the tracer to record. The checks of the call run when the operator runs."""
     import torch
 
     register_torch_ops()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls as torch.library operators, for whoever traces: torch.compile, torch.export, FakeTensorMode, make_fx.
+"""The calls as torch.library operators, for tracers: torch.compile, torch.export, FakeTensorMode, make_fx.
 
 =========================== ===========================================================================
 ``fmha::fwd``               ``attention``

@@ -231,7 +231,8 @@ class Kernel:
             stream: CUstream handle as an int.
             params: address of an array that holds the address of the parameter struct; both are read before the
                 call returns.
-            buffers: ignored; the emulator checks accesses against them.
+            buffers: not used on a GPU. The emulator's ``Kernel.launch`` has the same parameters, so that callers
+                need not tell the two apart; it checks every access against these buffers.
 
         Raises:
             DriverError: the launch was refused, or an earlier kernel of this context failed.

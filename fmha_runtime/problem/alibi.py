@@ -15,7 +15,7 @@ def slope_list(heads: int) -> list[float]:
     """The standard slopes as Python floats.
 
     A power of two P of heads has 2^(-8 (h + 1) / P). Other counts take those of the next lower power of two, and for
-    the     rest every other slope of twice that power, as the paper's authors do.
+    the rest every other slope of twice that power, as the paper's authors do.
 
     Raises:
         InputError: ``heads`` is not a positive int.

@@ -133,11 +133,11 @@ _PREFERENCES = (
         lambda p: not _is_short(p), lambda spec, arch: not spec.short, f"is cut for up to {tiles.SHORT_KEYS} keys"
     ),
 )
-"""The gravest first: which of two rows comes before the other is said by the first preference that tells them apart."""
+"""The most important first: the first preference that tells two rows apart decides which of them comes first."""
 
 
 def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
-    """Why a row does not compute the problem; the gravest first."""
+    """Why a row does not compute the problem; the most general reason first."""
     reasons = []
     if spec.op is not problem.op:
         reasons.append(f"computes {spec.op.value}, problem is {problem.op.value}")
@@ -184,7 +184,8 @@ def _force(found: Trace, accepted: Sequence[KernelSpec], text: str) -> Trace:
     word, _, rest = text.strip().partition(" ")
     target = next((arch for arch in Arch if arch.value == word), None)
     rest = text if target is None else rest.strip()
-    # A short row is a cut and nothing else: who brings another forces it on the long twin, at every length the same.
+    # A short row differs from its long twin by the tile alone. A tile forced by the caller therefore goes on the long
+    # twin, whatever the length.
     rows = [spec for spec in accepted if target in (None, spec.arch) and not (rest and spec.short)]
     if not rows:
         raise InputError(

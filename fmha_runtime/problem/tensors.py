@@ -124,8 +124,6 @@ def check_tensor(name: str, tensor: Any, rank: int, layout: str) -> None:
                 f"multiples of {ALIGNMENT} bytes, {ALIGNMENT // size} elements: "
                 f"call {name}.contiguous() or pad the rows"
             )
-        if shape[axis] > 1 and stride[axis] < 0:
-            raise InputError(f"{name} has a negative stride on axis {axis}: call {name}.contiguous()")
     check_address(name, tensor)
 
 

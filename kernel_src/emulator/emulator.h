@@ -20,7 +20,7 @@ struct Buffer {
 // The order in which the warps of a CTA, and the lanes of a warp, get their turns.
 enum Order : uint32_t { kForward = 0, kReverse = 1, kShuffle = 2 };
 
-// One launch. fmha_runtime/emulator.py mirrors this layout.
+// One launch. The Python side mirrors this layout.
 struct Request {
     const void* params;
     const Buffer* buffers;

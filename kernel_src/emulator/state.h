@@ -2,7 +2,7 @@
 // The state of one emulated CTA: its threads, warps, barriers, shared memory and the shadow that
 // the race detector keeps.
 //
-// What happened before what is told by vector clocks (clocks.cpp). Every source of accesses is a
+// Vector clocks (clocks.cpp) tell which access happened before which. Every source of accesses is a
 // component: each thread; each warp's wgmma reads; each mbarrier, for the copies that land on it.
 // An access is stamped (component, clock); a thread that has the component's clock at the stamp or
 // above is ordered after it. Barriers carry clocks from those that arrive to those that wait.

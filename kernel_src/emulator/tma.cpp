@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The copy engine: boxes of a tensor to shared memory and back. The tensor map is the emulator's own,
-// written by fmha_runtime/tensor_map.py with the meaning of the driver's.
+// written by the host's tensor-map encoder with the meaning of the driver's.
 //
 // A load lands when its mbarrier's phase ends. A store reads shared memory at the wait that names its group, and
 // reaches global memory at the wait for that or, without one, when the whole grid is done.
@@ -14,7 +14,7 @@
 namespace fmha {
 namespace emu {
 
-// Mirrored by EmulatedTensorMap in fmha_runtime/tensor_map.py.
+// Mirrored in Python by _EmulatedMap.
 struct EmulatedMap {
     uint64_t magic;
     uint64_t address;

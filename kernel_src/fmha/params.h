@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The structs that Python fills and kernels read: the ABI between fmha_runtime/params.py and the cubins.
-// Plain C++ on purpose: the host compiler prints the offsets for the test that compares both sides.
+// The structs that the host fills and kernels read: the ABI between the Python package and the cubins. Plain C++ on
+// purpose: a test compiles this file for the host and compares its offsets with those of Python.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -30,7 +30,7 @@ struct FwdParams {
     const float* alibi_slopes;    // alibi kernels: [heads], or [batch, heads] by alibi_batch_stride
     const int32_t* page_table;    // paged kernels: [batch, pages of a sequence]
     const uint32_t* mask;         // packed kernels: mask bits in fragment order (mask.cuh)
-    const uint32_t* mask_any;     // packed kernels: one bit a block of 64 x 64, set if any of its bits is
+    const uint32_t* mask_any;     // packed kernels: a bit per block of 64 x 64, 1 if any bit of the block is set
     Strides q_stride;
     Strides k_stride;
     Strides v_stride;
@@ -48,7 +48,7 @@ struct FwdParams {
     int32_t window_left;       // keys visible to the left of the diagonal; kUnlimited: all
     int32_t window_right;      // keys visible to the right of the diagonal; kUnlimited: all
     int32_t m_blocks;          // query tiles per head
-    int32_t section_heads;     // heads whose tiles run side by side, so that their K and V share the L2
+    int32_t section_heads;     // heads whose tiles run side by side (scheduler.cuh)
     int32_t longest_first;     // 1: later query tiles (more keys under a causal mask) first
     int32_t attention_chunk;   // queries see only keys of their own chunk of this many positions; 0: all
     int32_t chunk_multiplier;  // (2 * position + 1) * multiplier >> 32 >> shift is position / attention_chunk
@@ -58,14 +58,14 @@ struct FwdParams {
     int32_t mask_row_blocks;     // size of a mask in blocks of 64 rows and of 64 columns (varlen: of all sequences)
     int32_t mask_col_blocks;
     float scale;       // softmax scale
-    float scale_log2;  // what a finished score is multiplied by: scale * log2(e); softcap kernels: cap * log2(e)
+    float scale_log2;  // factor on a finished score: scale * log2(e); softcap kernels: cap * log2(e)
     float tanh_scale;  // softcap kernels: scale / cap
 };
 
 // Large enough for every sequence, small enough that row + offset + window stays inside an int32.
 constexpr int32_t kUnlimited = 1 << 30;
 
-// A CUtensorMap by another name: 128 opaque bytes that the copy engine reads from the parameter space.
+// A CUtensorMap under another name: 128 opaque bytes that the copy engine reads from the parameter space.
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
@@ -76,10 +76,9 @@ struct FwdTmaParams {
     TensorMap k_map;
     TensorMap v_map;
     FwdParams fwd;
-    int32_t ctas;  // size of the grid; a CTA takes every ctas-th tile
+    int32_t ctas;  // size of the grid: CTAs that share the tiles (tile_queue.cuh)
 };
 
-static_assert(sizeof(FwdParams) == 320,
-              "FwdParams and fmha_runtime/params.py must agree: bump FMHA_ABI with any change");
+static_assert(sizeof(FwdParams) == 320, "FwdParams and its Python mirror must agree: bump FMHA_ABI with any change");
 
 }  // namespace fmha

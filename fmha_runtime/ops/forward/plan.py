@@ -39,8 +39,8 @@ NO_BACKWARD = (
 
 
 GUARDS = 8
-"""How often a plan makes a guard of its geometry: a guard also tells inference mode and autocast from plain calls, and
-a program that goes back and forth between them is not to pay for a new one each time."""
+"""How many guards of its geometry a plan makes at most. A guard also tells inference mode and autocast from plain
+calls, so a program that switches between these modes would otherwise pay for a new guard at every switch."""
 
 
 class Plan:

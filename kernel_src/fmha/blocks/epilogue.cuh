@@ -54,8 +54,8 @@ FMHA_DEVICE void quad_transpose(uint32_t (&x)[4], int lane) {
     }
 }
 
-// The same without shared memory, for one m16 tile: a quad holds 8 columns of a row in four lanes, four such tiles are
-// transposed among them, and each lane stores one 16-byte chunk.
+// store_output without shared memory, for one m16 tile. A quad holds 8 columns of a row in its four lanes. Four such n8
+// tiles are transposed among the lanes, so that each lane stores one 16-byte chunk.
 template <class Element, int kVTiles>
 FMHA_DEVICE void store_rows(const float (&o)[1][kVTiles][4], uint16_t* out, int64_t row_stride, int warp_row, int q_len,
                             int lane) {

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Online softmax that hardly ever touches O: FlashAttention-4's conditional rescaling.
+// Online softmax with conditional rescaling (FlashAttention-4): most tiles leave O untouched.
 #pragma once
 #include "blocks/softmax.cuh"
 
 namespace fmha {
 
-// The maximum of a row is kept until a score exceeds it by a factor of 2^kHeadroom, so that P stays below that and the
-// result is the same but for the rounding of P: the largest weight of a row is no longer exactly 1. Whether that
-// happened is one vote of the warp over what each lane saw itself; the exchange among the four lanes of a row, the new
-// maximum and the rescaling of O follow only then.
+// The maximum of a row is kept until a score exceeds it by a factor of more than 2^kHeadroom. Meanwhile P may reach
+// 2^kHeadroom, and the result differs only by the rounding of P: the largest weight of a row is no longer exactly 1.
+// Each lane compares the scores that it holds, and one vote of the warp decides. Only when the vote says yes do the
+// four lanes of a row exchange their maxima, set a new maximum and rescale O.
 template <int kHeadroom>
 struct LazySoftmax : Softmax<1> {
-    // Turns S into P in place. Returns whether O must be multiplied by `shrink`; the same for all lanes. kMasked: rows
-    // may still have seen no key at all.
+    // Turns S into P in place. Returns whether O must be multiplied by `shrink`, the same answer in all lanes. kMasked:
+    // rows may still have seen no key at all.
     template <bool kMasked, int kNTiles>
     FMHA_DEVICE bool step(float (&s)[1][kNTiles][4], float (&shrink)[1][2], float scale_log2) {
         float peak[2];

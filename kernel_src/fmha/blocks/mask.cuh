@@ -33,8 +33,8 @@ FMHA_DEVICE void apply_band(float (&s)[kMTiles][kNTiles][4], const Band& band, i
     }
 }
 
-// The same for one m16 tile, side by side: a tile crosses the right end of the band, the left one, or both. Columns are
-// compile-time constants, so a column costs a compare with an immediate and a select.
+// apply_band for one m16 tile, one end of the band at a time: a KV tile crosses the right end of the band, the left
+// end, or both. Columns are compile-time constants, so a column costs a compare with an immediate and a select.
 template <int kNTiles>
 FMHA_DEVICE void apply_band_sides(float (&s)[1][kNTiles][4], const Band& band, bool right, bool left, int warp_row,
                                   int col0, int lane) {
@@ -72,11 +72,11 @@ FMHA_DEVICE void apply_band_sides(float (&s)[1][kNTiles][4], const Band& band, b
 // element i of the n-th m16n8 accumulator. So a warp reads 16 rows x 64 columns as one coalesced word per lane,
 // whichever instruction made the fragments. Blocks lie row-major; a varlen sequence begins at row block first_row / 64
 // + batch, which leaves every sequence room for its last, partial block without a table of offsets.
-// fmha_runtime/packed_mask.py packs.
+// The pack_mask kernel and the host's packer write this layout.
 struct PackedMask {
     const uint32_t* words;
-    const uint32_t* any;  // per row block, a bit per column block: is any of its bits set
-    int row_blocks;       // of this sequence's part; outside of it nothing is seen
+    const uint32_t* any;  // per row block, a bit per column block: 1 if any bit of that block is set
+    int row_blocks;       // of this sequence; queries outside see nothing
     int col_blocks;
 
     FMHA_DEVICE PackedMask(const FwdParams& p, const SeqlenInfo& seq, int batch, int head)
@@ -93,7 +93,8 @@ struct PackedMask {
 
     FMHA_DEVICE int any_stride() const { return (col_blocks + 31) / 32; }
 
-    // Whether a tile of kRows x kCols has a bit set. Not exact where a tile shares a block with its neighbour.
+    // Whether a tile of kRows x kCols has a bit set. May say yes for an empty tile that shares a block with its
+    // neighbour.
     template <int kRows, int kCols>
     FMHA_DEVICE bool visible(int row_begin, int n_block) const {
         static_assert(kRows % 64 == 0, "a query tile is whole row blocks");
@@ -142,7 +143,7 @@ struct PackedMask {
     }
 };
 
-// The packed mask of a kernel that has one; nothing of a kernel that has none.
+// The PackedMask of a kernel with packed masks; an unused 0 in any other kernel.
 template <bool kPacked>
 FMHA_DEVICE auto packed_mask(const FwdParams& p, const SeqlenInfo& seq, int batch, int head) {
     if constexpr (kPacked) {

@@ -7,8 +7,8 @@
 
 namespace fmha {
 
-// TileCopy's twin for a pool [page, row of the page, head, dim]. The pages of a tile's rows are looked up first, all at
-// once, and rows at or past the end of the sequence are not looked up: their entries may be anything.
+// TileCopy for a pool [page, row of the page, head, dim]. The pages of a tile's rows are looked up first, all at once.
+// Rows at or past the end of the sequence are not looked up, because their entries may be anything.
 template <int kRows, class Tile, int kValidChunks, int kThreads>
 struct PagedTileCopy {
     static constexpr int kRowsPerPass = rows_per_pass(kThreads, kValidChunks);
@@ -57,6 +57,7 @@ struct PagedTileCopy {
     }
 };
 
+// K and V of one head, tile by tile.
 template <class Traits, bool kPaged = Traits::kPaged>
 struct KvSource;
 
@@ -75,7 +76,7 @@ struct KvSource<Traits, false> {
                kv_head * stride.head;
     }
 
-    // Tile `n_block` of K to `smem` and of V behind it.
+    // Copies tile `n_block` of K to `smem` and that of V behind it.
     FMHA_DEVICE void load(uint32_t smem, int n_block, int k_len) const {
         k.load(smem, n_block * Traits::kBlockN, k_len);
         v.load(smem + Traits::kKBytes, n_block * Traits::kBlockN, k_len);
@@ -100,7 +101,7 @@ struct KvSource<Traits, true> {
         int32_t pages[KCopy::kPasses];
         k.find(pages, table, first_row, k_len);
         k.load(smem, pages, first_row, k_len);
-        if constexpr (Traits::kQkValidChunks == Traits::kVChunks) {  // the same rows to the same threads
+        if constexpr (Traits::kQkValidChunks == Traits::kVChunks) {  // a thread has the same rows of K and V
             v.load(smem + Traits::kKBytes, pages, first_row, k_len);
         } else {
             int32_t v_pages[VCopy::kPasses];

@@ -13,9 +13,11 @@ struct TileCoord {
     int batch;
 };
 
-// Tiles are numbered in the order they should start. Heads of the whole batch are cut into sections whose K and V fit
-// the L2; inside a section all heads start a query tile before the next tile begins. Under a causal mask the tiles with
-// most keys go first, so that the short ones fill the gaps at the end (longest processing time first).
+// Tiles are numbered in the order in which they should start. The heads of the whole batch are cut into sections of
+// section_heads heads. Inside a section all heads start a query tile before the next tile begins. The host chooses a
+// size at which the K and V of a section tend to stay in the L2 and the tiles still fill the GPU evenly. Under a causal
+// mask the tiles with most keys go first, so that the short ones fill the gaps at the end (longest processing time
+// first).
 FMHA_DEVICE TileCoord schedule(const FwdParams& p, int tile) {
     const int all_heads = p.batch * p.heads;
     const int section_tiles = p.section_heads * p.m_blocks;

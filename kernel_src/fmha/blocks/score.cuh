@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens to a score between q.k and the mask. Scores stay unscaled: the softmax multiplies them by
-// FwdParams::scale_log2 in the same instruction that subtracts the maximum.
+// The steps between the first product and the mask: ALiBi and softcap. Scores stay unscaled: the softmax multiplies
+// them by FwdParams::scale_log2 in the same instruction that subtracts the maximum.
 #pragma once
 #include <ptx/common.cuh>
 
@@ -9,18 +9,18 @@
 
 namespace fmha {
 
-// tanh(x), good to about 2^-22 of 1. The one-instruction tanh.approx is good to 2^-11 of its value, of which a cap of
-// 30 makes 1.5 % of a weight. Tried with the emulator's worst case of it: relative L2 4.8e-4 in fp16 (allowed 4e-4) and
-// errors of 7e-3 in the LSE (allowed 1e-3), so one more ex2 and rcp are the price.
+// tanh(x) with an absolute error of about 2^-22. The one-instruction tanh.approx has a relative error of 2^-11; with a
+// cap of 30 that is 1.5 % of a weight. The emulator's worst case of it gave a relative L2 error of 4.8e-4 in fp16
+// (allowed 4e-4) and errors of 7e-3 in the LSE (allowed 1e-3). So one ex2 and one rcp are paid.
 FMHA_DEVICE float tanh_exp2(float x) {
     constexpr float kTwoLog2E = 2.88539008177792681f;
     return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * kTwoLog2E));
 }
 
-// The score of one head, with what it needs of the parameters.
+// The score modification of one head, with the parameters that it needs.
 template <Score kScore>
 struct ScoreMod {
-    float slope = 0.f;  // of the unscaled scores
+    float slope = 0.f;  // in units of the unscaled scores
     float tanh_scale = 0.f;
     int diagonal = 0;
 

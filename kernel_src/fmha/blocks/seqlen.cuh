@@ -7,7 +7,8 @@
 
 namespace fmha {
 
-// Where one sequence of the batch lies and how long it is: hides dense, cu_seqlens and seqused_k.
+// Where one sequence of the batch lies and how long it is, whether the tensors are dense or varlen (cu_seqlens) and
+// whether all of K is used (seqused_k).
 struct SeqlenInfo {
     int q_len;
     int k_len;
@@ -32,8 +33,8 @@ struct SeqlenInfo {
     }
 };
 
-// Keys that query row `row` sees: [begin(row), end(row)). Causal, windows and the length in one place; aligned to the
-// bottom right, so query i sits at key position i + k_len - q_len.
+// Keys that query row `row` sees: [begin(row), end(row)). Causal masks, windows, attention chunks and the length of K
+// are all in here. Rows are aligned to the bottom right, so query i sits at key position i + k_len - q_len.
 struct Band {
     int k_len;
     int diagonal;  // k_len - q_len
@@ -70,7 +71,7 @@ struct Band {
     }
 
     // First position of the chunk that holds a query: position / chunk * chunk, by a product with the reciprocal, which
-    // needs no registers to speak of. Rounded down, so that a query before position 0 has a chunk that ends there.
+    // takes few registers. Rounded down, so that a query before position 0 has a chunk that ends there.
     FMHA_DEVICE int chunk_begin(int row) const {
         const int64_t product = static_cast<int64_t>(2 * (row + diagonal) + 1) * chunk_multiplier;
         return (static_cast<int>(product >> 32) >> chunk_shift) * chunk;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a tile lies in shared memory: one owner for the swizzle.
+// The layout of a tile in shared memory. Every use of the swizzle goes through this file.
 #pragma once
 #include <ptx/common.cuh>
 

@@ -21,7 +21,7 @@ struct Softmax {
     }
 
     // A sink is a key without a value: it takes its share of the weights and adds nothing to O. It comes first, so that
-    // nothing overflows however large it is. `sink` is a natural logarithm, finite or -inf.
+    // nothing overflows, however large it is. `sink` is a logit in natural units, finite or -inf.
     FMHA_DEVICE void add_sink(float sink, float scale_log2, int lane) {
         constexpr float kLog2E = 1.44269504088896341f;
         if (sink == kMinusInfinity) {
@@ -35,10 +35,9 @@ struct Softmax {
         }
     }
 
-    // Turns S into P in place and returns by `shrink` what O must be multiplied by. kMasked: rows may still have seen
-    // no key at all. kLazy: keep the old maximum until a score exceeds it by a factor of 2^8 (FlashAttention-4's
-    // trick): the result is the same, P stays below 2^8, and shrink is mostly exactly 1.
-    template <bool kMasked, bool kLazy = false, int kNTiles>
+    // Turns S into P in place and returns in `shrink` the factor by which O must be multiplied. kMasked: rows may still
+    // have seen no key at all.
+    template <bool kMasked, int kNTiles>
     FMHA_DEVICE void step(float (&s)[kMTiles][kNTiles][4], float (&shrink)[kMTiles][2], float scale_log2) {
         FMHA_UNROLL
         for (int mt = 0; mt < kMTiles; ++mt) {
@@ -52,11 +51,9 @@ struct Softmax {
                 peak = fmaxf(peak, shfl_xor(peak, 1));
                 peak = fmaxf(peak, shfl_xor(peak, 2));
                 const float old = row_max[mt][half];
-                const bool keep = kLazy && (peak - old) * scale_log2 <= 8.f;  // false while old is -inf
-                peak = keep ? old : peak;
                 // -inf - -inf is NaN: a row without keys keeps 0 as its base, and every exp2 below gives 0.
                 const float base = kMasked && peak == kMinusInfinity ? 0.f : peak * scale_log2;
-                shrink[mt][half] = keep ? 1.f : exp2_approx(old * scale_log2 - base);
+                shrink[mt][half] = exp2_approx(old * scale_log2 - base);
                 row_max[mt][half] = peak;
                 float sum = 0.f;
                 FMHA_UNROLL

@@ -7,10 +7,10 @@
 
 namespace fmha {
 
-// The tiles of one CTA, for the one warp that asks. Drawing them from a shared counter balances tiles of different
-// lengths as the hardware's CTA scheduler would, without starting a CTA for each. The next number is drawn a little
-// before it is needed, because the answer takes a trip to the L2; not sooner, or long tiles would be dealt out
-// unequally.
+// The query tiles of one CTA, for its producer warp. Drawing them from a shared counter balances tiles of different
+// lengths as the hardware's CTA scheduler would, without the cost of starting a CTA for each. The next number is drawn
+// a little before it is needed, because the answer takes a trip to the L2. It is not drawn sooner, or long tiles would
+// be dealt out unequally.
 struct TileQueue {
     uint32_t* queue;
     int tiles;
@@ -29,7 +29,8 @@ struct TileQueue {
     FMHA_DEVICE void draw(int lane) {
         if (queue != nullptr && lane == 0) {
             drawn = atomic_add_global(queue, 1);
-            // One number is drawn for each tile, so this is the last: ready for the next launch.
+            // One number is drawn for each tile, so this draw is the last of the launch: the counter is reset for the
+            // next one.
             if (drawn == static_cast<uint32_t>(tiles) - 1) {
                 st_global_u32(queue, 0);
             }

@@ -20,8 +20,8 @@
 
 namespace fmha {
 
-// Addresses that ldmatrix takes from this lane: one 8x8 matrix is eight rows of one chunk, and a lane names one row.
-// The rest of a tile is reached from here by SmemTile::step.
+// Addresses that this lane gives to ldmatrix: one 8x8 matrix is eight rows of one chunk, and a lane names one row. The
+// rest of a tile is reached from here by SmemTile::step.
 template <class Traits>
 struct LaneAddress {
     uint32_t q;  // row lane % 16, chunk lane / 16 of the warp's slab: the four quarters of an m16k16 operand
@@ -115,7 +115,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     const int lane = thread % 32;
     const int warp = thread / 32;
 
-    // What this CTA works on.
+    // The query tile of this CTA, its sequence and its KV tiles.
     const TileCoord tile = schedule(p, static_cast<int>(block_idx()));
     const SeqlenInfo seq(p, tile.batch);
     const int row_begin = tile.m_block * Traits::kBlockM;
@@ -153,7 +153,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
         softmax.add_sink(ld_global_f32(p.sinks + tile.head), p.scale_log2, lane);
     }
 
-    // The tile to the left of this one that has work.
+    // The next KV tile to the left. Packed masks leave out the tiles in which no key is visible.
     const auto next = [&](int n_block) {
         --n_block;
         if constexpr (Traits::kPacked) {

@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed masks on the wgmma kernels: which KV tiles have a bit set at all, and the bits themselves on the fragments of
-// S. The layout of a mask is in mask.cuh; here its words come early, under the products, and are looked at only where
-// one of them hides something.
+// Packed masks in the wgmma kernels: which KV tiles have a bit set at all, and the mask on the fragments of S. mask.cuh
+// documents the layout. The words of a tile are loaded while a product runs, and the scores are selected one by one
+// only if the mask hides one of them.
 #pragma once
 #include "blocks/mask.cuh"
 #include "forward/traits_sm90.cuh"
 
 namespace fmha {
 
-// The KV tiles of some blocks of 64 query rows, right to left. The producer walks over those of the whole query tile
-// and tells the consumers where it goes (SmemSm90::next_tile); a consumer only looks where its own rows have any.
+// The KV tiles of kRowBlocks blocks of 64 query rows, right to left. The producer walks over the tiles that the whole
+// query tile needs and tells the consumers the next one (SmemSm90::next_tile). A consumer only looks up which of them
+// its own rows need.
 template <class Traits, int kRowBlocks, bool kPacked = Traits::kPacked>
 struct TileWalk;
 
-// A band has work in every tile of its range.
+// Without a packed mask every tile of the band's range has visible keys.
 template <class Traits, int kRowBlocks>
 struct TileWalk<Traits, kRowBlocks, false> {
     FMHA_DEVICE TileWalk(const FwdParams&, const SeqlenInfo&, int, int, int, int) {}
     FMHA_DEVICE int left_of(int n_block) const { return n_block - 1; }
 };
 
-// A packed mask leaves out the tiles without a bit.
+// With a packed mask the tiles without a bit are left out.
 template <class Traits, int kRowBlocks>
 struct TileWalk<Traits, kRowBlocks, true> {
     const FwdParams& p;
-    int row_block;   // the first one, among those of all masks
+    int row_block;   // the first row block, counted over all masks
     int row_blocks;  // from there to the end of this mask
-    int begin;       // the leftmost tile that the band leaves
+    int begin;       // the leftmost tile of the band's range
 
     FMHA_DEVICE TileWalk(const FwdParams& p_, const SeqlenInfo& seq, int batch, int head, int row_begin, int begin_)
         : p(p_), row_blocks(p.mask_row_blocks - row_begin / 64), begin(begin_) {
@@ -38,8 +39,8 @@ struct TileWalk<Traits, kRowBlocks, true> {
         }
     }
 
-    // The next tile with a bit; left of `begin`: there is none. A tile that shares a block with its neighbour may turn
-    // out to be empty.
+    // The next tile with a bit, or a tile left of `begin` if there is none. A tile that shares a block with its
+    // neighbour may turn out to be empty.
     FMHA_DEVICE int left_of(int n_block) const {
         const int last_block = p.mask_col_blocks - 1;
         const int first_block = begin * Traits::kBlockN / 64;
@@ -72,7 +73,8 @@ struct TileWalk<Traits, kRowBlocks, true> {
         return tile > begin ? tile : begin;
     }
 
-    // The same for the whole warp, and the compiler is told: a loop that continues on it stays uniform.
+    // The bits of 32 column blocks, combined over the row blocks. All lanes get the same word, and warp_uniform tells
+    // the compiler so: a loop that tests it needs no divergent branches.
     FMHA_DEVICE uint32_t load(int index) const {
         const int stride = (p.mask_col_blocks + 31) / 32;
         const uint32_t* any = p.mask_any + static_cast<int64_t>(row_block) * stride + index;
@@ -100,20 +102,20 @@ struct MaskRows<Traits, true> {
     static constexpr int kLowBit = Traits::kBlockN & -Traits::kBlockN;
     static constexpr int kAlign = kLowBit < 64 ? kLowBit : 64;
     static constexpr int kWords = (64 - kAlign + Traits::kBlockN + 63) / 64;
-    static constexpr int kChunks = (Traits::kBlockN + 63) / 64;  // of 64 columns, the last one maybe less
+    static constexpr int kChunks = (Traits::kBlockN + 63) / 64;  // of 64 columns; the last one may have fewer
 
     uint32_t words[kWords];
-    uint32_t coming[kWords];  // of the next tile: on their way for a whole step, because they come from far
+    uint32_t coming[kWords];  // of the next tile: loaded a whole step ahead, to hide the latency of global memory
 
     const uint32_t* from;  // this lane's word of column block 0
-    int col_blocks;        // 0: rows below the mask, which has nothing there
+    int col_blocks;        // 0 for rows below the mask, which see nothing
 
-    // `rows` are those of the warpgroup.
+    // `rows` is the walk of the warpgroup's 64 query rows.
     FMHA_DEVICE MaskRows(const TileWalk<Traits, 1>& rows, int thread)
         : from(rows.p.mask + static_cast<int64_t>(rows.row_block) * rows.p.mask_col_blocks * 128 + thread),
           col_blocks(0 < rows.row_blocks ? rows.p.mask_col_blocks : 0) {}
 
-    // Asks for the words of a tile, which become those of the present one with the next call of step().
+    // Loads the words of the next tile. step() makes them the words of the present one.
     FMHA_DEVICE void load(int n_block) {
         const uint32_t block = static_cast<uint32_t>(n_block) * Traits::kBlockN / 64;
         FMHA_UNROLL
@@ -150,7 +152,7 @@ struct MaskRows<Traits, true> {
             bits[i] = chunk(i, n_block);
             all &= bits[i];
         }
-        if (warp_any(all != ~0u)) {  // tiles without a hole are the most
+        if (warp_any(all != ~0u)) {  // most tiles hide nothing
             FMHA_UNROLL
             for (int nt = 0; nt < Traits::kNTiles; ++nt) {
                 FMHA_UNROLL

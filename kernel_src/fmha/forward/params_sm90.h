@@ -5,8 +5,8 @@
 
 namespace fmha {
 
-// FwdTmaParams.ctas CTAs draw the tiles after their first from `queue`, a word that is 0 before the launch and after
-// it; null: a CTA takes every ctas-th tile.
+// A CTA begins with the tile of its own index and draws the others from `queue`, a word that is 0 before the launch and
+// after it. Where `queue` is null, a CTA takes every ctas-th tile (FwdTmaParams).
 struct FwdSm90Params {
     FwdTmaParams tma;
     uint32_t* queue;

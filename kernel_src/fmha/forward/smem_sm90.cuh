@@ -8,7 +8,7 @@
 
 namespace fmha {
 
-// What the producer tells a consumer of a query tile, so that nobody else divides by heads or reads lengths.
+// What the producer tells a consumer about a query tile, so that consumers need not divide by heads or read lengths.
 struct Assignment {
     int row_begin;  // first query row of the tile in its sequence; negative: there are no more tiles
     int head;
@@ -16,10 +16,11 @@ struct Assignment {
     int q_row;  // first row of the sequence in Q and O
     int q_len;
     int k_len;
-    int n_begin;  // KV tiles that are loaded for this query tile, but for those that a packed mask leaves out
+    int n_begin;  // KV tiles that are loaded for this query tile, except those that a packed mask leaves out
     int n_end;
 
-    // SeqlenInfo reads tables; the producer has read them.
+    // The lengths as a SeqlenInfo. Its constructor would read the tables of a varlen batch, which the producer has
+    // done: here it gets a dense problem of one sequence.
     FMHA_DEVICE SeqlenInfo seqlens() const {
         FwdParams dense{};
         dense.seqlen_q = q_len;
@@ -31,7 +32,7 @@ struct Assignment {
 };
 
 // Shared memory: the Q ring, the K ring, the V ring, assignments, barriers. Each consumer has its own part of a Q tile,
-// with its own assignment and barriers: the first to finish a query tile need not wait for the others.
+// with its own assignment and barriers: the first consumer to finish a query tile need not wait for the others.
 template <class Traits>
 struct SmemSm90 {
     uint32_t base;
@@ -59,7 +60,7 @@ struct SmemSm90 {
     FMHA_DEVICE uint32_t next_tile(int stage) const { return (v_landed() + 8 + 15) / 16 * 16 + 16 * stage; }
 
     FMHA_DEVICE void init_barriers() const {
-        constexpr int kConsumerWarps = Traits::kConsumers * 4;  // every warp says for itself when it is done reading
+        constexpr int kConsumerWarps = Traits::kConsumers * 4;  // each warp arrives once it has read the tile
         for (int stage = 0; stage < Traits::kQStages; ++stage) {
             for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
                 mbarrier_init(q_full(stage, consumer), 1);

@@ -7,7 +7,7 @@
 namespace fmha {
 
 // Odd polynomial on [-kTanhReach, kTanhReach], fitted to tanh(x) / x in x * x (weighted least squares, reweighted
-// towards equal errors): within 2e-7 of its value in fp32, where score.cuh's tanh is within 2^-22 of 1.
+// towards equal errors). Its relative error is within 2e-7 in fp32; tanh_exp2 has an absolute error of 2^-22.
 constexpr float kTanhReach = 0.625f;
 
 FMHA_DEVICE float tanh_polynomial(float x) {
@@ -18,8 +18,9 @@ FMHA_DEVICE float tanh_polynomial(float x) {
     return x * (p * u) + x;
 }
 
-// Each ex2 and rcp takes the unit eight cycles a warp, and the softmax needs it too; the polynomial's seven
-// instructions are cheaper. One vote a tile says which it is. For the few tiles that CappedSoftmax cannot take.
+// Caps all scores of a tile. An ex2 or rcp occupies the special function unit for eight cycles a warp, and the softmax
+// needs that unit too: the seven instructions of the polynomial are cheaper. One vote per tile chooses between the two.
+// Only masked tiles and tiles that step_capped cannot take as one polynomial come here.
 template <int kNTiles>
 FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
     float largest = 0.f;
@@ -46,9 +47,10 @@ FMHA_DEVICE void apply_softcap(float (&s)[1][kNTiles][4], float tanh_scale) {
     }
 }
 
-// Softmax of capped scores. For a tile without masked scores whose cap hardly bends, cap, scale and the subtraction of
-// the maximum are one polynomial of four instructions a score: the largest |score| shows at once that the polynomial is
-// good there and that no maximum grows, for a cap keeps the order and makes nothing larger.
+// Softmax of capped scores. For a tile without masked scores, and with all of them far below the cap, one polynomial of
+// four instructions a score does the cap, the scale and the subtraction of the maximum. The largest |score| shows that
+// the polynomial is accurate there. It also shows that no maximum has to be raised, because a cap keeps the order and
+// makes no score larger.
 template <int kHeadroom>
 struct CappedSoftmax : LazySoftmax<kHeadroom> {
     static constexpr float kReach = 0.35f;   // of |x|, where the polynomial is within 3e-6 of tanh(x), relatively

@@ -10,7 +10,7 @@ struct Bool {
     static constexpr bool value = kValue;
 };
 
-// What happens to a score besides the scale (score.cuh).
+// What is done to a score besides the scale (score.cuh).
 enum class Score { kPlain, kAlibi, kSoftcap };
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kWarps_, int kStages_,
@@ -23,7 +23,7 @@ struct FwdTraits {
     static constexpr int kBlockN = kBlockN_;  // keys of one step
     static constexpr int kWarps = kWarps_;
     static constexpr int kStages = kStages_;     // K and V tiles in shared memory
-    static constexpr bool kQInRegs = kQInRegs_;  // keep Q's fragments instead of re-reading them each step
+    static constexpr bool kQInRegs = kQInRegs_;  // keep Q's fragments in registers instead of re-reading them each step
     static constexpr Score kScore = kScore_;
     static constexpr bool kPacked = kPacked_;  // a mask of bits on top of the band
     static constexpr bool kPaged = kPaged_;    // K and V lie in pages

@@ -40,14 +40,14 @@ struct FwdSm90Traits {
     static constexpr int kKBytes = kQkGroups * kKvGroupBytes;
     static constexpr int kVBytes = kVGroups * kKvGroupBytes;
     static constexpr int kControlBytes = 1024;  // barriers and assignments
-    // Q of the next tile is loaded under this one where there is room for both.
+    // Two Q stages where they fit: Q of the next query tile is then loaded while this one is computed.
     static constexpr int kQStages = 2 * kQBytes + kStages * (kKBytes + kVBytes) + kControlBytes <= kSmemLimit ? 2 : 1;
     static constexpr int kSmemBytes = kQStages * kQBytes + kStages * (kKBytes + kVBytes) + kControlBytes;
 
-    // setmaxnreg: what the launch gives every warp is shared out between a producer that only issues copies and
-    // consumers that hold S, P and O.
-    // A producer with more to do than to count tiles gets more where S, P and O leave it; beyond d 128 every producer
-    // does (measured: up to 3 % at 512 tokens, where at d 128 it costs 1 % at 16k).
+    // setmaxnreg: the registers that the launch gives every warp are redistributed from the producer, which only issues
+    // copies, to the consumers, which hold S, P and O. A producer that also looks up pages or mask bits keeps more
+    // where S, P and O leave room. Beyond d 128 every producer does (measured: up to 3 % faster at 512 tokens; at d 128
+    // it costs 1 % at 16k).
     static constexpr int kAccumulatorRegs = kHeadDimV / 2 + kBlockN / 2 + kBlockN / 4;
     static constexpr int kRoomyRegs = kConsumers == 2 ? 176 : kConsumers == 3 ? 124 : 76;
     static constexpr bool kMoreToProducer =
@@ -57,8 +57,9 @@ struct FwdSm90Traits {
     static constexpr int kConsumerRegs = kPlainConsumerRegs - (kMoreToProducer ? 8 : 0);
 
     // The maximum of a row is kept until it grows by 2^kHeadroom (lazy_softmax.cuh). A small headroom has nearly all
-    // the speed of a large one, and a weight that towers over the others is still exactly 1: with 8, one of 146 cases
-    // had too large an error at d 48, and one at d 80. Softcap's short cut needs more room, and its scores are bounded.
+    // the speed of a large one, and a weight that dominates its row is still exactly 1: with a headroom of 8, one of
+    // 146 cases had too large an error at d 48, and one at d 80. The polynomial of step_capped needs a larger headroom,
+    // and capped scores are bounded.
     static constexpr int kHeadroom = kScore == Score::kSoftcap && kHeadDimV >= 64 ? 8 : 2;
 
     static_assert(kHeadDim % 8 == 0 && kHeadDimV % 8 == 0,
@@ -71,9 +72,9 @@ struct FwdSm90Traits {
 };
 
 // Shared-memory matrix descriptor (PTX ISA, "Matrix-descriptor format"): start address, leading and stride byte
-// offsets, all in units of 16 bytes, and the swizzle mode (1: 128 bytes, 2: 64 bytes). Eight rows are one stride apart;
-// leading_bytes is the distance between column groups where N is contiguous, and is ignored where the depth is.
-// Only the low word depends on where the matrix lies: moving along it is one 32-bit addition.
+// offsets, all in units of 16 bytes, and the swizzle mode (1: 128 bytes, 2: 64 bytes). Eight rows are one stride apart.
+// leading_bytes is the distance between column groups where N is contiguous; it is ignored where the depth is
+// contiguous. Only the low word depends on where the matrix lies: moving along it is one 32-bit addition.
 template <class Traits>
 struct MatrixDescriptor {
     static constexpr uint64_t kSwizzle = Traits::kRowBytes == 128 ? 1 : 2;

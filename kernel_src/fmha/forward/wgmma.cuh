@@ -2,10 +2,10 @@
 // Flash-attention forward for Hopper. One producer warp feeds rings of Q, K and V tiles through the copy engine and
 // says which query tile comes next; two to four warpgroups of consumers own 64 query rows each and multiply with wgmma.
 //
-// A consumer issues the first product of tile n together with the second product of tile n + 1 (tiles go right to
-// left), then does the softmax of tile n. The consumers take turns issuing, so that one's softmax runs under another's
-// products. A consumer whose rows do not see a KV tile passes its turn. A CTA may work through several query tiles: the
-// producer is then ahead by up to a ring.
+// A consumer issues the first product (Q K^T) of tile n together with the second product (P V) of tile n + 1, then does
+// the softmax of tile n; tiles go right to left. The consumers take turns issuing, so that the softmax of one overlaps
+// the products of another. A consumer whose rows see no key of a KV tile passes its turn. A CTA may work through
+// several query tiles (a persistent kernel). Its producer then runs ahead by up to the length of a ring.
 #pragma once
 #include <ptx/sm90.cuh>
 #include <ptx/wgmma.cuh>
@@ -25,7 +25,7 @@
 
 namespace fmha {
 
-// One query tile and everything that follows from it.
+// A query tile: its coordinates, the lengths of its sequence, its first row and its range of KV tiles.
 template <class Traits>
 struct Work {
     TileCoord tile;
@@ -44,7 +44,8 @@ struct Work {
     FMHA_DEVICE bool exists() const { return row_begin < seq.q_len; }
 };
 
-// The warp that issues all copies. Its lanes stay together for the one job that needs them: cleaning V.
+// The warp that issues all copies. Lane 0 issues them; the other lanes stay with it because all 32 zero the surplus
+// rows of V.
 template <class Traits>
 FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& smem, int lane) {
     const FwdTmaParams& maps = params.tma;
@@ -60,7 +61,7 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             tma_load_4d(to + g * group_bytes, map, bar, g * Traits::kGroupColumns, row, head, batch);
         }
     };
-    // Lane 0: tells every consumer of a tile and, where there are keys, loads its rows of Q.
+    // Lane 0: hands the query tile to every consumer and, where there are keys, loads that consumer's rows of Q.
     const auto assign = [&](const Assignment& work) {
         const int batch = p.cu_seqlens_q != nullptr ? 0 : work.batch;
         FMHA_UNROLL_1
@@ -86,7 +87,7 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const TileWalk<Traits, Traits::kConsumers> walk(p, work.seq, work.tile.batch, work.tile.head, work.row_begin,
                                                         n_begin);
         const int n_end = walk.left_of(work.range.end) + 1;
-        const auto has_keys = [&] { return n_begin < n_end; };  // a variable would cost registers
+        const auto has_keys = [&] { return n_begin < n_end; };  // a lambda: a variable would cost registers
         if (!work.exists() || !has_keys()) {
             queue.draw(lane);
         }
@@ -95,14 +96,16 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         }
         const Assignment assignment{work.row_begin, work.tile.head, work.tile.batch, static_cast<int>(work.seq.q_row),
                                     work.seq.q_len, work.seq.k_len, n_begin,         n_end};
-        // Where Q has one stage, the first K goes before it: Q has to wait for the tile before.
+        // Where Q has one stage, the first K is loaded before Q: the load of Q must wait until the query tile before
+        // has been read.
         const bool assign_first = Traits::kQStages > 1 || !has_keys();
         if (assign_first && lane == 0) {
             assign(assignment);
         }
         const int kv_head = work.tile.head / p.heads_per_kv;
         const int k_batch = p.cu_seqlens_k != nullptr ? 0 : work.tile.batch;
-        // Past the end of a tensor the copy engine fills in zeros; past the end of a sequence there is somebody else.
+        // Past the end of a tensor the copy engine fills in zeros. Past the end of a sequence it copies what lies
+        // there: rows of the next sequence or rows that are not in use.
         const bool ragged = p.cu_seqlens_k != nullptr || p.seqused_k != nullptr;
         const auto load_kv = [&](uint32_t to, int groups, const TensorMap* map, uint32_t bar, int row, int page) {
             if constexpr (Traits::kPaged) {
@@ -122,7 +125,7 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
                 mbarrier_arrive_expect(v_full, Traits::kVBytes);
                 load_kv(v_tile, Traits::kVGroups, &maps.v_map, v_full, first_row + n_block * Traits::kBlockN, page);
             }
-            if (dirty) {  // 0 * NaN is NaN: rows past the length are zeroed before anyone multiplies
+            if (dirty) {  // 0 * NaN is NaN: rows past the length are zeroed before a consumer multiplies by them
                 sync_warp();
                 mbarrier_wait(smem.v_landed(), landed_parity);
                 landed_parity ^= 1;
@@ -141,15 +144,16 @@ FMHA_DEVICE void produce(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             }
         };
 
-        // V follows one tile behind K, as its product does: its room is free later, and K must not wait for it.
+        // V is loaded one tile behind K, in the order of the products: a V buffer becomes free later than a K buffer,
+        // and the load of K must not wait for it.
         int n_block = n_end - 1;
         int page_before = 0;
-        int walked = n_end;  // the tile whose K was loaded last; packed masks leave tiles out
+        int walked = n_end;  // the tile whose K was loaded last; with packed masks not always n_block + 1
         FMHA_UNROLL_1
         for (;;) {
             const bool k_left = n_block >= n_begin;
             const int after = k_left ? walk.left_of(n_block) : n_block;
-            int page = 0;  // of the first row, looked up before there is room for it
+            int page = 0;  // of the tile's first row; looked up before the wait for a free buffer
             if constexpr (Traits::kPaged) {
                 page = k_left ? page_of(p, first_row + n_block * Traits::kBlockN, work.seq.k_len, work.tile.batch) : 0;
             }
@@ -209,7 +213,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
     RingPosition<Traits::kQStages> q_ring;
     const auto issue_qk = [&](int stage) {
         uint32_t q_at = q_ring.stage * (Traits::kQBytes / 16);
-        if constexpr (Traits::kKSteps > 8) {  // more descriptors than uniform registers: make each when it is needed
+        if constexpr (Traits::kKSteps > 8) {  // more descriptors than uniform registers: each is made where it is used
             opaque(q_at);
         }
         const uint32_t k_at = stage * (Traits::kKBytes / 16);
@@ -248,14 +252,16 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         }
     };
 
-    // Named barrier 1 + consumer: it is that consumer's turn to issue products. The last one lets the first begin.
+    // Named barrier 1 + c opens when it is the turn of consumer c to issue products. The last consumer lets the first
+    // begin.
     const auto wait_for_turn = [&] { named_sync(1 + consumer, 256); };
     const auto pass_turn = [&] { named_arrive(1 + (consumer + 1 == Traits::kConsumers ? 0 : consumer + 1), 256); };
     if (consumer == Traits::kConsumers - 1) {
         pass_turn();
     }
 
-    // The KV tile that is loaded after the present one, whose K has landed. Lane 0 reads, for it also releases.
+    // The KV tile that is loaded after the present one, whose K has landed. Lane 0 alone reads its number, because it
+    // also releases the stage.
     const auto tile_after = [&](int n_block) {
         if constexpr (Traits::kPacked) {
             const int next = lane == 0 ? static_cast<int>(ld_shared_v4(smem.next_tile(ring.stage)).x[0]) : 0;
@@ -265,7 +271,8 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         }
     };
 
-    // A KV tile for other consumers only: this one keeps step. Returns the next.
+    // Passes over a KV tile that only other consumers need: keeps the order of turns and releases the stage. Returns
+    // the next tile.
     const auto pass_over = [&](int n_block) {
         mbarrier_wait(smem.k_full(ring.stage), ring.parity);
         const int after = tile_after(n_block);
@@ -291,7 +298,7 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
         const int warp_row = row_begin + warp * 16;
         KvRange range(band, row_begin, row_begin + 64 < seq.q_len ? row_begin + 64 : seq.q_len, Traits::kBlockN);
         const bool idle = row_begin >= seq.q_len || range.begin >= range.end;
-        // Packed masks: of the tiles that are loaded, those between the first and the last with a bit for these rows.
+        // Packed masks: the range shrinks to the tiles from the first to the last that have a bit for these rows.
         const TileWalk<Traits, 1> own(p, seq, work.batch, work.head, row_begin, range.begin);
         int leftmost = range.begin;
         if constexpr (Traits::kPacked) {
@@ -322,9 +329,10 @@ FMHA_DEVICE void consume(const FwdSm90Params& params, const SmemSm90<Traits>& sm
             const int full_end = range.full_end > begin ? range.full_end : begin;
             float shrink[1][2];
             MaskRows<Traits> mask(own, warp * 32 + lane);
-            int after = begin - 1;  // packed masks: the next tile that is loaded,
-            bool more = false;      // and whether one of those to come has a bit
-            // While the first product of a tile runs: its mask, and where to go from it.
+            int after = begin - 1;  // packed masks: the next tile that is loaded
+            bool more = false;      // packed masks: whether a tile still to come has a bit for these rows
+            // Runs under the first product of a tile: takes over the mask words of this tile and loads those of the
+            // next.
             const auto look_ahead = [&] {
                 if constexpr (Traits::kPacked) {
                     mask.step();

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packs a mask of one byte per query and key, nonzero = attend, into the words that PackedMask of mask.cuh reads, which
-// also documents their order, and one bit per block of 64 x 64 that says whether one of its bits is set.
+// Packs a mask of one byte per query and key, nonzero = attend. The results are the words that PackedMask of mask.cuh
+// reads, in the order that it documents, and one bit per block of 64 x 64 that says whether any bit of the block is
+// set.
 #pragma once
 #include <ptx/bytes.cuh>
 #include <ptx/common.cuh>
 
 namespace fmha {
 
-// Plain C++, filled by Python: PackMaskParams of fmha_runtime/params.py. Strides are bytes.
+// Plain C++, filled by the host. Strides are bytes.
 struct PackMaskParams {
     const uint8_t* mask;
     uint32_t* words;              // [batch * heads, row_blocks, col_blocks, 128]
@@ -25,7 +26,7 @@ struct PackMaskParams {
     int32_t col_blocks;
 };
 
-static_assert(sizeof(PackMaskParams) == 88, "PackMaskParams and fmha_runtime/params.py must agree.");
+static_assert(sizeof(PackMaskParams) == 88, "PackMaskParams and its Python mirror must agree.");
 
 // A CTA packs 64 rows x 2048 columns: one word of `any`, so that nothing is combined across CTAs. Four warps hold the
 // 16 rows each of a block; kWarps / 4 such groups share the 32 blocks, kDepth blocks of a group at a time in flight.
@@ -48,8 +49,8 @@ struct PackRows {
 
     FMHA_DEVICE PackRows(const PackMaskParams& p, int row_block) : first(row_block * 64), end(p.rows) {
         if (p.cu_seqlens_q == nullptr) return;
-        // Sequence b begins at row block cu_seqlens_q[b] / 64 + b. The last one that begins here or before is ours;
-        // tokens behind the last sequence count as one more.
+        // Sequence b begins at row block cu_seqlens_q[b] / 64 + b. The row block belongs to the last sequence that
+        // begins at it or before it. Tokens past the last sequence count as one more sequence.
         int low = 0;
         int high = p.sequences;
         while (low < high) {

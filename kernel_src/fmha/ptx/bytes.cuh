@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loads of single bytes and of vectors from memory that is constant while the kernel runs (ld.global.nc), through the
-// intrinsics: the compiler knows them and moves them. kernel_src/emulator/ptx/bytes.cuh is its twin.
+// Loads of single bytes and of vectors from memory that is constant while the kernel runs (ld.global.nc), by
+// intrinsics, which the compiler knows and may move. kernel_src/emulator/ptx/bytes.cuh is its twin.
 #pragma once
 #include <ptx/common.cuh>
 

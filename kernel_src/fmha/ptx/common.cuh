@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every kernel needs of the machine: the kernel macro, indices, barriers, shuffles,
 // approximate maths, conversions, vector loads and stores. One function per instruction;
-// kernel_src/emulator/ptx/common.cuh is its twin.
+// kernel_src/emulator/ptx/common.cuh is its twin. A wrapper may be here before a kernel needs it: grid_dim,
+// tanh_approx, shfl_idx and ld_global_v4, and tma_store_* of sm90.cuh, are used by tests alone.
 //
 // How asm is marked: an instruction that only computes (mma, ex2, cvt) is not volatile, so that the
 // compiler moves it freely. One that reads shared memory is volatile without a "memory" clobber:
@@ -139,8 +140,8 @@ FMHA_DEVICE void st_global_f32(float* dst, float x) {
     asm volatile("st.global.f32 [%0], %1;" : : "l"(__cvta_generic_to_global(dst)), "f"(x) : "memory");
 }
 
-// ld.global.nc through the intrinsics: the memory is constant while the kernel runs, and the
-// compiler knows it.
+// ld.global.nc by intrinsics: the memory is constant while the kernel runs, and the compiler knows
+// it.
 FMHA_DEVICE int32_t ld_global_s32(const int32_t* src) { return __ldg(src); }
 FMHA_DEVICE float ld_global_f32(const float* src) { return __ldg(src); }
 

@@ -11,10 +11,11 @@ namespace fmha {
 // uniform.
 FMHA_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// smem_base() as a constant, with which addresses and descriptors fold; ptxas has the same number, but adds the rank of
-// the CTA in its cluster wherever it is used, which takes an S2UR and its latency. For kernels without clusters.
+// smem_base() as a constant, so that addresses and descriptors are folded at compile time. ptxas knows the same number,
+// but wherever it is used adds the rank of the CTA in its cluster, which costs an S2UR and its latency. Only for
+// kernels without clusters.
 FMHA_DEVICE uint32_t smem_base_constant() {
-    constexpr uint32_t kBase = 1024;  // what the system keeps for itself comes first
+    constexpr uint32_t kBase = 1024;  // the system reserves the first KiB
     if (smem_base() != kBase) {
         asm volatile("trap;");
     }
@@ -68,8 +69,9 @@ FMHA_DEVICE void tma_load_4d(uint32_t dst, const void* map, uint32_t bar, int c0
         : "memory");
 }
 
-// Copies from shared memory to the box of a tensor map; elements outside the tensor are not written. Who writes the
-// source with ordinary stores follows them by fence_async_shared() and a barrier with the thread that stores.
+// Copies from shared memory to the box of a tensor map; elements outside the tensor are not written. A
+// thread that fills the source by ordinary stores must follow them by fence_async_shared() and a barrier with the
+// thread that issues the copy.
 FMHA_DEVICE void tma_store_4d(const void* map, uint32_t src, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
                  :

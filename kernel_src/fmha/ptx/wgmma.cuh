@@ -75,9 +75,9 @@ namespace fmha {
 // starts from zero. d is laid out like N / 8 accumulators of mma.m16n8k16 side by side, each warp
 // holding 16 of the 64 rows.
 //
-// ss: A and B by shared-memory descriptor, both with the depth contiguous (Q and K as they lie).
+// ss: A and B by shared-memory descriptor, both with the depth contiguous (Q and K as they are stored).
 //
-// rs_trans: A in registers (the operand of mma.m16n8k16), B with N contiguous (V as it lies).
+// rs_trans: A in registers (the operand of mma.m16n8k16), B with N contiguous (V as it is stored).
 template <class Element, int kN>
 struct Wgmma;
 
