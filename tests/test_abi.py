@@ -22,7 +22,7 @@ STRUCTS = (params.Strides, params.FwdParams, PackMaskParams)
 def compiled(tmp_path_factory):
     """What the host compiler says: {struct: (size, {field: (offset, size)}, alignment)}."""
     folder = tmp_path_factory.mktemp("abi")
-    lines = ['#include "params.h"', '#include "pack/mask.cuh"', "#include <stdio.h>", "int main() {"]
+    lines = ['#include "params.h"', '#include "pack/packer.cuh"', "#include <stdio.h>", "int main() {"]
     for struct in STRUCTS:
         name = f"fmha::{struct.__name__}"
         lines.append(f'printf("{struct.__name__} . %zu %zu\\n", sizeof({name}), alignof({name}));')

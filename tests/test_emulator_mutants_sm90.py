@@ -32,7 +32,7 @@ WAIT_PV = r"wgmma_wait<0>\(\);  // only now[^\n]*\n"
 
 MUTANTS = {
     "barriers not shown to the copy engine": mutant(
-        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init", "forward/smem_sm90.cuh"
+        r"mbarrier_init_fence\(\);", "", "no mbarrier_init_fence after its mbarrier_init", "forward/wgmma_smem.cuh"
     ),
     "barriers used before they are initialised": mutant(
         r"(smem\.init_barriers\(\);\s*\}\s*)sync_cta\(\);",
@@ -92,14 +92,14 @@ MUTANTS = {
         r"mbarrier_init\(v_empty\(stage\), kConsumerWarps\)",
         "mbarrier_init(v_empty(stage), kConsumerWarps + 1)",
         "deadlock.* of 13 arrivals",
-        "forward/smem_sm90.cuh",
+        "forward/wgmma_smem.cuh",
     ),
     "wrong number of bytes": mutant(r"Traits::kKBytes\);", "Traits::kKBytes + 16);", "deadlock.* bytes announced"),
     "parity of the ring never flips": mutant(
         r"parity \^= 1;(?=\s*\}\s*\}\s*FMHA_DEVICE RingPosition previous)",
         "",
         "more arrivals than|deadlock|tma_load_4d|wgmma",
-        "forward/smem_sm90.cuh",
+        "forward/wgmma_smem.cuh",
     ),
     "zeroed rows of V not shown to the tensor cores": mutant(
         r"fence_async_shared\(\);", "", "no fence_async_shared made it visible"

@@ -14,6 +14,7 @@ from emulator_probe import aligned, run
 
 from fmha_runtime import config
 from fmha_runtime.device.emulator import Order
+from fmha_runtime.kernels import sources
 from fmha_runtime.ops import obtain
 from fmha_runtime.toolchain import nvcc
 

@@ -151,7 +151,7 @@ MUTANTS = {
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     pattern, replacement, fault = MUTANTS[name]
     shutil.copytree(config.kernel_src() / "fmha", tmp_path / "fmha")
-    file = tmp_path / "fmha" / "pack/mask.cuh"
+    file = tmp_path / "fmha" / "pack/packer.cuh"
     text, count = re.subn(pattern, replacement, file.read_text())
     assert count == 1, f"{pattern!r} matches {count} times, not once: the mutant must follow the kernel"
     file.write_text(text)

@@ -180,7 +180,7 @@ SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d80_packed")
 
 
 def mutant(
-    pattern: str, replacement: str, fault: str, file: str = "forward/packed_sm90.cuh", kernel: str = SPEC.name
+    pattern: str, replacement: str, fault: str, file: str = "forward/wgmma_packed.cuh", kernel: str = SPEC.name
 ) -> Mutant:
     return Mutant(file, pattern, replacement, fault, kernel)
 

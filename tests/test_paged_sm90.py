@@ -141,7 +141,7 @@ def test_any_lengths(lengths, sq, page, seed, causal, d, window):
 # --- mutants
 
 
-def mutant(pattern: str, replacement: str, fault: str, file: str = "forward/paged_sm90.cuh") -> Mutant:
+def mutant(pattern: str, replacement: str, fault: str, file: str = "forward/wgmma_paged.cuh") -> Mutant:
     return Mutant(file, pattern, replacement, fault, SPEC.name)
 
 

@@ -57,6 +57,17 @@ def test_every_header_is_reached_by_a_kernel():
     assert reached >= {path.resolve() for path in HEADERS if path.parent == ROOT}
 
 
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_ops_share_blocks_and_nothing_else(path):
+    """ptx/ is below the structs of the ABI, these are below blocks/, and blocks/ is below the folders of ops."""
+    floors = {"ptx": 0, ROOT.name: 1, "blocks": 2}
+    for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+        folder = (ROOT / name).parent
+        below = floors.get(folder.name, 3) < floors.get(path.parent.name, 3)
+        assert (ROOT / name).is_file(), f"{path.name} includes {name}: includes are named from {ROOT}"
+        assert folder == path.parent or below, f"{path.name} includes {name}"
+
+
 def test_the_translation_unit_names_the_kernel_once():
     text = sources.render(SPEC, catalog.tile(SPEC))
     assert text.count(SPEC.name) == 1

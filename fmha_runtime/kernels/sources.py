@@ -21,6 +21,7 @@ from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
 from .tile import Tile
 
 _ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}
+_HEADERS = {"fwd_sm80": "forward/mma.cuh", "fwd_sm90": "forward/wgmma.cuh", "pack_mask": "pack/packer.cuh"}
 _ABI = re.compile(r"^#define FMHA_ABI (\d+)$", re.MULTILINE)
 
 EMULATOR_FLAGS = ("-shared", "-O2", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-pthread")
@@ -49,7 +50,7 @@ def _family(spec: KernelSpec) -> str:
 
 def header(spec: KernelSpec) -> str:
     """The header, inside ``kernel_src/fmha``, that defines this kernel."""
-    return {"fwd_sm80": "forward/mma.cuh", "fwd_sm90": "forward/wgmma.cuh", "pack_mask": "pack/mask.cuh"}[_family(spec)]
+    return _HEADERS[_family(spec)]
 
 
 def render(spec: KernelSpec, tile: Tile) -> str:

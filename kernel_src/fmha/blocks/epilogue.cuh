@@ -2,7 +2,7 @@
 // Stores O and the log-sum-exp of a warp's rows.
 #pragma once
 #include "blocks/softmax.cuh"
-#include "forward/traits.cuh"
+#include "blocks/traits.cuh"
 
 namespace fmha {
 

@@ -5,7 +5,7 @@
 #include <ptx/common.cuh>
 
 #include "params.h"
-#include "forward/traits.cuh"
+#include "blocks/traits.cuh"
 
 namespace fmha {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <ptx/sm90.cuh>
 
-#include "forward/params_sm90.h"
+#include "params_sm90.h"
 
 namespace fmha {
 

@@ -16,7 +16,7 @@
 #include "blocks/seqlen.cuh"
 #include "blocks/softmax.cuh"
 #include "blocks/tile_copy.cuh"
-#include "forward/traits.cuh"
+#include "blocks/traits.cuh"
 
 namespace fmha {
 

@@ -12,16 +12,16 @@
 
 #include "blocks/epilogue.cuh"
 #include "blocks/lazy_softmax.cuh"
-#include "forward/packed_sm90.cuh"
-#include "forward/paged_sm90.cuh"
-#include "forward/params_sm90.h"
+#include "forward/wgmma_packed.cuh"
+#include "forward/wgmma_paged.cuh"
+#include "params_sm90.h"
 #include "blocks/scheduler.cuh"
 #include "blocks/score.cuh"
 #include "blocks/seqlen.cuh"
-#include "forward/smem_sm90.cuh"
-#include "forward/softcap_sm90.cuh"
+#include "forward/wgmma_smem.cuh"
+#include "forward/wgmma_softcap.cuh"
 #include "blocks/tile_queue.cuh"
-#include "forward/traits_sm90.cuh"
+#include "forward/wgmma_traits.cuh"
 
 namespace fmha {
 

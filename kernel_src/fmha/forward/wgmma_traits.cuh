@@ -3,7 +3,7 @@
 #pragma once
 #include <ptx/sm90.cuh>
 
-#include "forward/traits.cuh"
+#include "blocks/traits.cuh"
 
 namespace fmha {
 

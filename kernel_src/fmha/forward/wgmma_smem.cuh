@@ -4,7 +4,7 @@
 #include <ptx/sm90.cuh>
 
 #include "blocks/seqlen.cuh"
-#include "forward/traits_sm90.cuh"
+#include "forward/wgmma_traits.cuh"
 
 namespace fmha {
 

@@ -4,7 +4,7 @@
 // only if the mask hides one of them.
 #pragma once
 #include "blocks/mask.cuh"
-#include "forward/traits_sm90.cuh"
+#include "forward/wgmma_traits.cuh"
 
 namespace fmha {
 

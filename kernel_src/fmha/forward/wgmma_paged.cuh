@@ -5,7 +5,7 @@
 #include <ptx/sm90.cuh>
 
 #include "params.h"
-#include "forward/traits_sm90.cuh"
+#include "forward/wgmma_traits.cuh"
 
 namespace fmha {
 
