@@ -9,30 +9,51 @@ JOBS ?= $(shell nproc)
 # torch: on a machine without a GPU the plain package brings gigabytes of CUDA libraries; this version has a CPU build.
 HAS_GPU := $(shell command -v nvidia-smi)
 TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
-# nvcc: the one of this machine, or from the package index the one that cubins/manifest.json was made with (13.0.88).
+# nvcc: the one of this machine, or from the package index the one that cubins/manifest was made with (13.0.88).
 TOOLKIT ?= cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 HAS_NVCC := $(or $(FMHA_NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 comma := ,
 EXTRAS := demo,bench,test$(if $(HAS_NVCC),,$(comma)build)
 
-.PHONY: demo test lint format gpu-test gpu-verify gpu-sanitize bench kernels clean
+# What was tested: tests/constraints.txt. `make test-newest` runs with whatever is newest, so that drift is seen on purpose.
+CONSTRAINTS := --constraint tests/constraints.txt
+NEWEST := .venv-newest
+
+CXX_FILES = $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh' 'kernel_src/*.cpp')
+
+.PHONY: demo test test-fast test-all test-newest constraints lint format gpu-test gpu-verify gpu-sanitize bench kernels clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fmha_runtime.demo
 
 test: $(VENV)/ready
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not breadth" tests
+
+# Without the emulator: half a minute.
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not breadth and not emulator" tests
+
+# With what is only breadth.
+test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu" tests
+
+test-newest:
+	$(MAKE) test VENV=$(NEWEST) CONSTRAINTS=
+
+# After `make test-newest` and `make lint VENV=.venv-newest CONSTRAINTS=` passed: what they ran with becomes what is tested.
+constraints: $(NEWEST)/ready
+	$(NEWEST)/bin/python tools/constraints.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh')
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # The packaged cubins and their manifest; the manifest is committed, the cubins are not.
 kernels: $(VENV)/ready
@@ -58,16 +79,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch and the toolkit first: the extras then find their requirement met by the version that was chosen.
-$(VENV)/ready: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet "$(TOOLKIT)")
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+$(VENV)/ready: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
+	$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TOOLKIT)")
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV)/lint: pyproject.toml $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find cubins -name '*.cubin' -delete

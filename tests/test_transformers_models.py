@@ -228,6 +228,7 @@ def test_compiled_decoding_step(fmha, case, device):
                 "inputs_embeds": torch.empty(2, 1, 0, dtype=torch.bfloat16, device=device),
                 "attention_mask": torch.ones(2, position + 1, dtype=torch.long, device=device),
                 "past_key_values": past,
+                "cache": past,  # its name since transformers 5.24
             }
             masks = create_masks_for_generate(**{name: x for name, x in made.items() if name in parameters})
             one = tokens(2, 1, seed=position).to(device)
