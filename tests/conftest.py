@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from artefacts import FakeNvcc
+from helpers.artefacts import FakeNvcc
 
 from fmha_runtime.errors import ToolchainError
 from fmha_runtime.toolchain import nvcc

@@ -14,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent.parent / "tests" / "constraints.txt"
-MACHINES = re.compile(r"torch|triton|nvidia-.*|cuda-(?!bindings$|pathfinder$).*|sympy|mpmath|networkx|setuptools|pip|fmha-runtime")
+MACHINES = re.compile(
+    r"torch|triton|nvidia-.*|cuda-(?!bindings$|pathfinder$).*|sympy|mpmath|networkx|setuptools|pip|fmha-runtime"
+)
 
 
 def packages() -> dict[str, str]:
