@@ -29,7 +29,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not breadth" tests
 
-# Without the emulator: half a minute.
+# Without the emulator: two minutes on 2 cores.
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not breadth and not emulator" tests
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from helpers.artefacts import FakeNvcc
 
 from fmha_runtime.errors import ToolchainError
-from fmha_runtime.toolchain import nvcc
+from fmha_runtime.toolchain import gxx, nvcc
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +43,18 @@ def fake_nvcc(tmp_path, monkeypatch):
     return FakeNvcc(tmp_path / "toolkit", monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def emulator_only_where_it_is_marked(request, monkeypatch):
+    """Keeps `make test-fast` fast and honest: a test that runs emulated kernels says so."""
+    if request.node.get_closest_marker("emulator"):
+        return
+
+    def refuse(text, name, include_dirs=None):
+        pytest.fail(f"this test runs {name} on the emulator: mark it with pytest.mark.emulator")
+
+    monkeypatch.setattr(gxx, "library_of", refuse)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and (reason := _no_gpu()):
         pytest.skip(reason)
@@ -63,3 +76,19 @@ def _no_nvcc():
     except ToolchainError as error:
         return f"needs nvcc: {error}"
     return ""
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The time of all tests by folder: seconds of work, whatever the number of workers."""
+    seconds, tests = Counter(), Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration") and hasattr(report, "when"):
+                parts = report.nodeid.partition("::")[0].split("/")
+                folder = parts[1] if len(parts) > 2 else parts[0]
+                seconds[folder] += report.duration
+                tests[folder] += report.when == "call"
+    if sum(tests.values()) > 100:
+        terminalreporter.section("time by folder")
+        for folder, took in seconds.most_common():
+            terminalreporter.write_line(f"{took:8.1f} s  {tests[folder]:5} tests  {folder}")

@@ -11,7 +11,6 @@ namespace fmha {
 namespace emu {
 
 // --- shared memory
-// ---------------------------------------------------------------------------------------------------
 
 uint32_t checked_offset(Thread* thread, Op op, uint32_t addr, uint32_t bytes, uint32_t align) {
     const uint32_t offset = addr - kSmemBase, size = thread->cta->request->smem;
@@ -288,7 +287,6 @@ void st_shared_u32(uint32_t addr, uint32_t x) {
 }
 
 // --- global memory
-// ---------------------------------------------------------------------------------------------------
 
 void check_global(Thread* thread, Op op, const void* pointer, uint64_t bytes, uint64_t align, bool store) {
     const Request& request = *thread->cta->request;
@@ -360,7 +358,6 @@ uint32_t atomic_add_global(uint32_t* word, uint32_t x) {
 }
 
 // --- cp.async
-// --------------------------------------------------------------------------------------------------------
 
 void cp_async_16(uint32_t dst_smem, const void* src, bool valid) {
     Thread* thread = self();

@@ -10,7 +10,6 @@ namespace fmha {
 namespace emu {
 
 // --- shuffles
-// --------------------------------------------------------------------------------------------------------
 
 template <class Source>
 static uint32_t shuffle(Op op, uint32_t x, uint32_t argument, Source source) {
@@ -46,7 +45,6 @@ int warp_any(int x) {
 }
 
 // --- ldmatrix
-// --------------------------------------------------------------------------------------------------------
 
 template <int kMatrices, bool kTrans>
 static void ldmatrix(Op op, uint32_t (&r)[kMatrices], uint32_t addr) {
@@ -74,7 +72,6 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { ldmatrix<4, true>(Op::
 void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t addr) { ldmatrix<2, true>(Op::kLdmatrixX2Trans, r, addr); }
 
 // --- mma
-// -------------------------------------------------------------------------------------------------------------
 
 typedef float Row8 __attribute__((vector_size(32)));
 

@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch")
 import fmha_runtime as fmha  # noqa: E402
 from fmha_runtime.ops.forward import reference  # noqa: E402
 
+pytestmark = pytest.mark.emulator
+
 
 def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16, seed=0):
     g = torch.Generator().manual_seed(seed)

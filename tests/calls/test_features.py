@@ -16,6 +16,8 @@ from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem import alibi
 
+pytestmark = pytest.mark.emulator
+
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 

@@ -30,6 +30,7 @@ def same(got, want):
     assert np.array_equal(got, want.numpy())
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("device", [None, "emulator"])
 def test_numpy_in_numpy_out(device):
     q, k, v = numpy_qkv()
@@ -49,6 +50,7 @@ def test_views_share_memory():
     assert result.ctypes.data == made[0].data_ptr()
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("device", [None, "emulator"])
 def test_out_is_written_and_returned(device):
     q, k, v = numpy_qkv()
@@ -72,6 +74,7 @@ def test_read_only_inputs_are_read():
     same(fmha.attention(q, k, v), want)
 
 
+@pytest.mark.emulator
 def test_every_array_argument():
     q, k, v = numpy_qkv()
     slopes, sinks = np.linspace(0.1, 0.9, 4, dtype=np.float32), np.ones(4, np.float32)
@@ -175,6 +178,7 @@ def test_no_argument_is_lost_on_the_way(monkeypatch):
         fmha.attention(q, k, v, tile="no such tile", device="emulator")
 
 
+@pytest.mark.emulator
 def test_torch_calls_never_come_here(monkeypatch):
     q, k, v = as_torch(*numpy_qkv())
     fmha.attention(q, k, v, device="emulator")

@@ -15,6 +15,8 @@ import fmha_runtime as fmha
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem.arguments import PAGE_SIZES
 
+pytestmark = pytest.mark.emulator
+
 
 def agree(q, k, v, lengths, table=None, **options):
     lens = {key: options[key] for key in ("cu_seqlens_q", "max_seqlen_q") if key in options}

@@ -26,6 +26,7 @@ def qkv(seed, sq=17, sk=29):
     return [torch.randn(1, n, 2, 32, generator=g).bfloat16() for n in (sq, sk, sk)]
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("device", [None, "emulator", "emulator:sm90"])
 def test_first_calls_at_once(monkeypatch, device):
     """Nobody has planned anything yet, and all ask for the same few problems."""
@@ -38,6 +39,7 @@ def test_first_calls_at_once(monkeypatch, device):
     assert len(route._plans) == (device is not None)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("device", ["emulator", "emulator:sm90"])
 def test_one_plan_for_many_threads(device):
     plan = fmha.plan(*qkv(0), device=device)
@@ -51,6 +53,7 @@ def test_one_plan_for_many_threads(device):
         assert all(torch.equal(x, right) for x in out)
 
 
+@pytest.mark.emulator
 def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
     monkeypatch.setattr(route, "_plans", {})
     monkeypatch.setattr(route, "_PLAN_LIMIT", 2)
@@ -60,6 +63,7 @@ def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
         assert all(torch.equal(out, want[1 + (i + n) % 6]) for n, out in enumerate(outs))
 
 
+@pytest.mark.emulator
 def test_two_threads_compile_one_kernel(own_cache):
     spec = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
     kernels = at_once(lambda _: obtain.kernel(spec, device="emulator"), 2)

@@ -191,6 +191,7 @@ def test_out_is_written_in_place(return_lse):
     assert (room[..., D:] == 0).all()
 
 
+@pytest.mark.emulator
 def test_compiled_calls_run_on_the_emulator():
     q, k, v = dense(1)
     compiled = torch.compile(fmha.attention, fullgraph=True, backend="aot_eager")

@@ -326,6 +326,7 @@ def test_interrupted_build_lists_what_is_finished(own_cache, fake_nvcc, monkeypa
 # --- verify, bench, inspect
 
 
+@pytest.mark.emulator
 def test_verify_on_the_emulator():
     pytest.importorskip("torch", reason="torch is not installed")
     result = fmha("verify", SMALL, "--device", "emulator", "--quick", "--json")
@@ -337,6 +338,7 @@ def test_verify_on_the_emulator():
     assert "1 of 1 kernels ok on emulator" in result.stderr
 
 
+@pytest.mark.emulator
 def test_verify_replays_one_case():
     pytest.importorskip("torch", reason="torch is not installed")
     result = fmha("verify", "--case", f"{SMALL}/3", "--device", "emulator")
@@ -435,6 +437,7 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
     ]
 
 
+@pytest.mark.emulator
 def test_verify_reports_failure(monkeypatch):
     pytest.importorskip("torch", reason="torch is not installed")
     from fmha_runtime.ops.forward import plan as forward

@@ -374,6 +374,7 @@ def test_what_cannot_be_honoured_is_refused():
             fa.flash_attn_with_kvcache(q[:, :2], k, v, **options)
 
 
+@pytest.mark.emulator
 def test_gradients_are_refused(monkeypatch):
     monkeypatch.setattr(fa.shared, "device", "emulator")
     q, k, v = tensors("cpu", sq=4, sk=4)
@@ -386,6 +387,7 @@ def test_gradients_are_refused(monkeypatch):
         fa.flash_attn_func(q, k, v)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("device", ["emulator", "emulator:sm90"])
 def test_on_the_emulator(monkeypatch, device):
     """The kernels themselves, among them the paths with gaps between sequences and pages of a dense cache."""

@@ -16,6 +16,8 @@ from fmha_runtime.device.emulator import Order
 from fmha_runtime.errors import ArtifactError, BuildError, EmulatorFault, ToolchainError
 from fmha_runtime.ops import obtain
 
+pytestmark = pytest.mark.emulator
+
 INIT = "st_shared_v4(smem + t * 16, {{t, t, t, t}});"
 
 

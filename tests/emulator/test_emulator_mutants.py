@@ -18,6 +18,8 @@ from fmha_runtime.device import emulator
 from fmha_runtime.kernels.spec import KernelSpec, KvLayout
 from fmha_runtime.ops.forward import plan as forward
 
+pytestmark = pytest.mark.emulator
+
 LOOP_TOP = r"(while \(n_block >= range\.begin\) \{\s*)"
 WAIT = r"(cp_async_wait<Traits::kStages - 2>\(\);\s*)"
 

@@ -16,6 +16,8 @@ from fmha_runtime.device import emulator
 from fmha_runtime.kernels.spec import KernelSpec
 from fmha_runtime.ops.forward import plan as forward
 
+pytestmark = pytest.mark.emulator
+
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
 IN_FLIGHT = "wgmma: reads shared memory offset .* while a tma_load_4d to it"
 

@@ -18,6 +18,8 @@ from fmha_runtime.kernels import sources
 from fmha_runtime.ops import obtain
 from fmha_runtime.toolchain import nvcc
 
+pytestmark = pytest.mark.emulator
+
 LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
 

@@ -33,6 +33,8 @@ from fmha_runtime.kernels.spec import DType
 from fmha_runtime.ops import obtain
 from fmha_runtime.toolchain import nvcc
 
+pytestmark = pytest.mark.emulator
+
 SIZES = (32, 40, 64, 72, 104, 128, 176, 256)
 SMEM = 16384
 

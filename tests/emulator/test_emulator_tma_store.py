@@ -17,6 +17,8 @@ from fmha_runtime.device.emulator import Order
 from fmha_runtime.device.tensor_map import Swizzle
 from fmha_runtime.kernels.spec import DType
 
+pytestmark = pytest.mark.emulator
+
 STORE_SMEM = "const void* map = params.in[1]; for (uint32_t i = t; i < 256; i += 64)"
 STORE_SMEM += "st_shared_v4(smem + i * 16, {{i, i, i, t}});"
 SEEN = "fence_async_shared(); sync_cta();"

@@ -9,6 +9,8 @@ from helpers import grids
 
 import fmha_runtime as fmha
 
+pytestmark = pytest.mark.emulator
+
 EMULATOR = "emulator:sm90"
 
 

@@ -19,6 +19,8 @@ from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
 from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.ops.forward import reference
 
+pytestmark = pytest.mark.emulator
+
 DEVICE = "emulator:sm90"
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 

@@ -22,6 +22,8 @@ from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.problem.arguments import PAGE_SIZES
 
+pytestmark = pytest.mark.emulator
+
 DEVICE = "emulator:sm90"
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d80_paged")

@@ -328,6 +328,7 @@ def child(code):
 FORK = """
 import os, sys, torch
 import fmha_runtime as fmha
+from fmha_runtime.device import driver
 torch.set_num_threads(1)
 cpu = torch.randn(1, 40, 2, 64).bfloat16()
 {before}
@@ -354,7 +355,7 @@ def test_a_child_of_a_parent_that_used_cuda_is_told_so():
     before = "x = cpu.cuda(); want = fmha.attention(x, x, x); plan = fmha.plan(x, x, x); torch.cuda.synchronize()"
     inside = """
         for call in (lambda: fmha.attention(x, x, x), lambda: fmha.prepare(fmha.explain(x, x, x).problem),
-                     lambda: fmha.driver.device_count()):
+                     driver.device_count):
             try:
                 call()
             except fmha.DriverError as error:

@@ -19,6 +19,7 @@ def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.emulator
 def test_readme_example_runs(capsys):
     pytest.importorskip("torch", reason="torch is not installed")
     (example,) = blocks(README, "python")

@@ -76,7 +76,6 @@ def test_content(wheel):
 
 def test_the_library_runs_from_the_wheel(installed, tmp_path):
     code = """
-from helpers import ROOT
 import fmha_runtime
 from fmha_runtime import config
 from fmha_runtime.kernels import catalog, store

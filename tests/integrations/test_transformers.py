@@ -460,6 +460,7 @@ def test_registration_can_be_undone():
     assert "fmha_other" not in AttentionMaskInterface._global_mapping
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("case", ["Bert-padded", "Llama-packed", "GptOss-sinks", "Llama-left-padded"])
 def test_models_on_the_emulator(case):
     """The same batches through the kernels themselves: lengths, varlen, sinks and windows, packed masks."""

@@ -122,6 +122,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
 
 
+@pytest.mark.emulator
 def test_a_forced_tile_runs() -> None:
     q, k, v = random(1, 40, 2, 64), random(1, 70, 2, 64), random(1, 70, 2, 64)
     want = reference.attention(q, k, v, causal=True)[0]
@@ -135,6 +136,7 @@ def test_a_forced_tile_runs() -> None:
     assert plain.tile == catalog.tile(plain.spec)
 
 
+@pytest.mark.emulator
 def test_a_plan_can_have_a_cta_for_each_tile() -> None:
     q = random(2, 300, 3, 64)
     plan = api.plan(q, q, q, device="emulator:sm90a", tile="128x64")

@@ -44,6 +44,7 @@ def random_mask(*shape: int, seed: int = 0, share: float = 0.5) -> Any:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
+@pytest.mark.emulator
 @given(
     batch=st.integers(1, 2), heads=st.integers(1, 3), rows=st.integers(0, 200), cols=st.integers(0, 300),
     offset=st.integers(0, 17), pad=st.integers(0, 17), seed=st.integers(0, 99),
@@ -63,6 +64,7 @@ def test_every_stride_and_offset(batch, heads, rows, cols, offset, pad, seed, sh
     assert same(packer.run(kernel, mask), packed_mask.pack(mask))
 
 
+@pytest.mark.emulator
 @given(
     lens=st.lists(st.integers(0, 150), min_size=1, max_size=8),
     heads=st.integers(1, 2), more=st.integers(0, 70), cols=st.integers(1, 140), seed=st.integers(0, 99),
@@ -104,6 +106,7 @@ def test_numpy_and_torch_pack_alike():
         assert torch.equal(words, want.words) and torch.equal(seen, want.any)
 
 
+@pytest.mark.emulator
 def test_order_of_threads_does_not_matter():
     kernel, mask = obtain.kernel(SPEC, device="emulator"), random_mask(1, 1, 130, 300)
     for kernel.order in Order:
@@ -147,6 +150,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     pattern, replacement, fault = MUTANTS[name]
@@ -232,6 +236,7 @@ def test_cases_of_every_kind():
         assert torch.equal(one, two) and one.shape == (case.batch, case.heads, case.rows, case.cols)
 
 
+@pytest.mark.emulator
 def test_the_kernel_verifies_on_the_emulator():
     found = verifier.verify_kernel(KernelSpec.parse("fmha_pack_sm80_u8"), device="emulator", quick=True)
     assert found.ok, "\n".join(found.lines())

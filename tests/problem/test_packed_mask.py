@@ -106,6 +106,7 @@ def test_sequences_of_a_varlen_mask_share_no_block():
 # --- kernels
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
 @pytest.mark.parametrize("sq,sk", [(70, 131), (131, 70), (1, 300)])
 def test_masks_of_batch_and_heads(shape, sq, sk):
@@ -113,6 +114,7 @@ def test_masks_of_batch_and_heads(shape, sq, sk):
     agree(q, k, v, random_mask(*shape, sq, sk))
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("d,dv", [(32, 32), (40, 40), (104, 104), (128, 128), (192, 128), (160, 160), (256, 256)])
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm89"])
 def test_every_cut_reads_the_right_bits(d, dv, arch):
@@ -120,6 +122,7 @@ def test_every_cut_reads_the_right_bits(d, dv, arch):
     agree(q, k, v, random_mask(1, 2, 150, 203), f"emulator:{arch}")
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize(
     "options",
     [
@@ -138,6 +141,7 @@ def test_options_apply_on_top(options):
     assert not torch.equal(agree(q, k, v, mask, **options), agree(q, k, v, mask))
 
 
+@pytest.mark.emulator
 def test_a_full_mask_is_no_mask_and_a_causal_one_is_causal():
     q, k, v = qkv(1, 130, 130, 2, 1, 64)
     full = torch.ones(130, 130, dtype=torch.bool)
@@ -146,11 +150,13 @@ def test_a_full_mask_is_no_mask_and_a_causal_one_is_causal():
         assert torch.equal(agree(q, k, v, mask), want)
 
 
+@pytest.mark.emulator
 def test_an_empty_mask_hides_everything():
     q, k, v = qkv(1, 70, 130, 2, 1, 64)
     agree(q, k, v, torch.zeros(70, 130, dtype=torch.bool))
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("d", [64, 40])
 def test_tiles_without_a_bit_are_not_visited(d):
     """Their keys and values are NaN: one tile that is read would show."""
@@ -164,6 +170,7 @@ def test_tiles_without_a_bit_are_not_visited(d):
     assert torch.equal(fmha.attention(q, k, v, mask=mask, device="emulator"), want)
 
 
+@pytest.mark.emulator
 def test_a_packed_mask_is_the_mask():
     q, k, v = qkv(1, 70, 131, 4, 2, 64)
     mask = random_mask(1, 4, 70, 131)
@@ -172,6 +179,7 @@ def test_a_packed_mask_is_the_mask():
     assert torch.equal(plan.run(q, k, v, mask=fmha.pack_mask(mask)), agree(q, k, v, mask))
 
 
+@pytest.mark.emulator
 def test_keys_beyond_the_columns_are_not_seen():
     q, k, v = qkv(1, 70, 200, 2, 1, 64)
     narrow = random_mask(1, 1, 70, 50)
@@ -179,6 +187,7 @@ def test_keys_beyond_the_columns_are_not_seen():
     assert torch.equal(agree(q, k, v, narrow), agree(q, k, v, wide))
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("heads", [1, 4])
 def test_varlen(heads):
     lens_q, lens_k = [5, 0, 70, 3, 129], [9, 4, 140, 130, 64]
@@ -193,6 +202,7 @@ def test_varlen(heads):
     assert torch.equal(lse.isinf(), ref_lse.isinf())
 
 
+@pytest.mark.emulator
 def test_a_tree_of_drafts_over_pages():
     """Speculative decoding: everybody sees the prefix, each draft its ancestors."""
     page, prefix, parents = 16, 100, [-1, 0, 0, 1, 1, 2]
@@ -214,6 +224,7 @@ def test_a_tree_of_drafts_over_pages():
     assert (out.float() - on_cpu.float()).abs().max() < 2e-2
 
 
+@pytest.mark.emulator
 @given(
     sq=st.integers(1, 140), sk=st.integers(0, 300), seed=st.integers(0, 99), causal=st.booleans(),
     share=st.sampled_from([0.0, 0.001, 0.05, 0.9]), d=st.sampled_from([40, 64]),

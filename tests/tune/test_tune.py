@@ -249,6 +249,7 @@ def test_a_process_lives_for_many_jobs_and_its_death_is_noticed(worker: tuner.Wo
     assert list(worker("check", job, 60))[-1] == ("end",)  # another one takes its place
 
 
+@pytest.mark.emulator
 def test_variants_are_checked() -> None:
     """The real check, on the emulator: a right tile, and one whose kernel cannot be instantiated."""
     pytest.importorskip("torch")

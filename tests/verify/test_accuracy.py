@@ -22,6 +22,7 @@ import gen_tables  # noqa: E402
 SMALL = ["--emulator", "sm90", "--seqlen", "130", "--head-dims", "64"]
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("feature", accuracy.FEATURES)
 def test_a_case_on_the_emulator(feature, tmp_path, capsys):
     file = tmp_path / "record.json"
@@ -34,6 +35,7 @@ def test_a_case_on_the_emulator(feature, tmp_path, capsys):
     assert f"ok    {feature}" in capsys.readouterr().out
 
 
+@pytest.mark.emulator
 def test_a_wrong_result_fails(monkeypatch, capsys):
     real = accuracy.ours
     monkeypatch.setattr(accuracy, "ours", lambda *args: ((found := real(*args))[0] * 1.01, found[1]))

@@ -63,6 +63,7 @@ def test_what_a_run_means(tool: Any, code: int | None, output: str, word: str) -
     assert tool.judge(code, output).word == word
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("name", ["memcheck", "racecheck", "synccheck"])
 def test_planted_faults_are_faults(tool: Any, name: str, tmp_path: Path) -> None:
     """A pattern that the kernel has left behind fails here, before the GPU sees it."""

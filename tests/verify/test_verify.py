@@ -264,6 +264,7 @@ def test_an_lse_that_is_not_the_one_passed_is_caught() -> None:
     assert checks(run) == {"lse"}
 
 
+@pytest.mark.emulator
 def test_a_tensor_for_the_lse_is_checked() -> None:
     kernel = obtain.kernel(SPEC, device="emulator")
     q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
@@ -402,6 +403,7 @@ def test_the_suite_is_the_cases_and_the_limits(monkeypatch: pytest.MonkeyPatch) 
     assert verifier.suite(SPEC) == present
 
 
+@pytest.mark.emulator
 def test_what_ran_is_what_is_recorded() -> None:
     small = KernelSpec.parse("fmha_fwd_sm80_bf16_d32")
     found = verifier.verify_kernel(small, device="emulator", case=0)
@@ -422,6 +424,7 @@ def test_the_sanitizer_command_runs_fmha_under_the_tool(monkeypatch: pytest.Monk
         verifier.sanitizer_argv("memcheck", [])
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize(
     "name",
     [
