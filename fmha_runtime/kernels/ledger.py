@@ -13,12 +13,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .. import config
 from ..errors import ArtifactError
-from . import catalog, sources
+from . import catalog, manifest, sources
 from .manifest import KernelRow
 from .spec import Arch, KernelSpec
 
@@ -90,6 +91,13 @@ class Ledger:
 
     records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
 
+    @cached_property
+    def locked(self) -> dict[KernelSpec, KernelRow]:
+        """The rows of the packaged manifest. They tie bytes to the present code: that of a record may be older, where
+        an edit changed the code and not one byte.
+        """
+        return {row.spec: row for row in manifest.read(config.package_root())[0]}
+
     @classmethod
     def load(cls, root: Path | None = None) -> Ledger:
         """Every record of a ledger's folder; empty when there is none.
@@ -123,15 +131,16 @@ class Ledger:
                 if record.evidence == proven[record.how]:
                     return Status("verified", _facts(record), record, emulated)
         for record in on_gpu:
-            if (record.code, record.tile) == (code, cut):
+            if self._of_code(record, spec, code, cut):
                 other = f"nvcc {row.nvcc}" if row is not None else "nothing is built"
                 reason = f"same code, other bytes: not the verified {record.how} (nvcc {record.nvcc}; here {other})"
                 return Status("other bytes", reason, record, emulated)
         if spec.arch in _SIBLINGS:
-            sibling = replace(spec, arch=Arch.SM89).name
-            for record in self.records.get(sibling, ()):
-                if record.on_gpu and (record.code, record.tile) == (code, cut):
-                    return Status("same code", f"same tile and code as {sibling}: {_facts(record)}", record, emulated)
+            sibling = replace(spec, arch=Arch.SM89)
+            for record in self.records.get(sibling.name, ()):
+                if record.on_gpu and self._of_code(record, sibling, code, cut):
+                    reason = f"same tile and code as {sibling.name}: {_facts(record)}"
+                    return Status("same code", reason, record, emulated)
         if not on_gpu:
             return Status("unverified", "no GPU has run it yet", None, emulated)
         last = on_gpu[0]
@@ -140,6 +149,15 @@ class Ledger:
         else:
             reason = f"the record is of code {last.code[:12]}, the code is now {code[:12]}"
         return Status("stale", reason, last, emulated)
+
+    def _of_code(self, record: Record, spec: KernelSpec, code: str, tile: str) -> bool:
+        """Whether a GPU record is of this code and tile: by itself, or because the manifest has its bytes for them."""
+        if (record.code, record.tile) == (code, tile):
+            return True
+        lock = self.locked.get(spec)
+        if lock is None or (lock.code, str(lock.tile)) != (code, tile):
+            return False
+        return record.evidence == {"cubin": lock.sha256, "ptx": lock.ptx_sha256}[record.how]
 
 
 def record(new: Iterable[Record], root: Path | None = None) -> None:

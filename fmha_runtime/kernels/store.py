@@ -181,7 +181,8 @@ def _scan(label: str, root: Path, spec: KernelSpec | None = None) -> Iterator[Ke
         try:
             entries.append(manifest.read_entry(folder, label))
         except ArtifactError as error:
-            yield error
+            if error.expected != manifest.SCHEMA:  # another version's entry is none of ours; prune removes it
+                yield error
     yield from sorted(entries, key=lambda row: _version(row.nvcc), reverse=True)
 
 

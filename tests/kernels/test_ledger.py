@@ -151,7 +151,7 @@ def test_the_status_says_why() -> None:
     assert "cubin on Some GPU, 128 cases" in of(record(how="ptx"), record()).status(SPEC, row()).reason
     moved = of(replace(record(), evidence="0", tile="16x16 w1 s2 c1")).status(SPEC, row())
     assert "16x16 w1 s2 c1" in moved.reason and str(catalog.tile(SPEC)) in moved.reason
-    edited = of(replace(record(), code="f" * 64)).status(SPEC, replace(row(), code="0"))
+    edited = of(replace(record(), evidence="0", code="f" * 64)).status(SPEC, replace(row(), code="0"))
     assert "ffffffffffff" in edited.reason
     other = of(record()).status(SPEC, replace(row(), sha256="0" * 64, nvcc="13.5.37"))
     assert other.reason == "same code, other bytes: not the verified cubin (nvcc 13.0.88; here nvcc 13.5.37)"
@@ -170,7 +170,10 @@ def test_sm86_and_sm120_are_of_the_code_of_sm89() -> None:
         other = replace(proven, arch=arch)
         assert known.status(other, row(other)).word == "unverified"
     other = replace(proven, arch=Arch.SM120)
-    assert of(replace(record(proven, "ptx"), code="0")).status(other, row(other)).word == "unverified"
+    older = replace(record(proven, "ptx"), code="0")  # an edit since then changed the code and not one byte
+    assert of(older).status(other, row(other)).word == "same code"
+    assert of(older).status(proven, row(proven)).word == "verified"
+    assert of(replace(older, evidence="0")).status(other, row(other)).word == "unverified"
     assert of(record(proven, "emulator")).status(other, row(other)).word == "unverified"
     # Where the tile differs, nothing is said.
     packed = KernelSpec.parse("fmha_fwd_sm120_bf16_d64_packed")

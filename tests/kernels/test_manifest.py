@@ -14,7 +14,7 @@ from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, manifest, sources, store
 from fmha_runtime.kernels.tile import Tile
-from fmha_runtime.toolchain import build
+from fmha_runtime.toolchain import build, publish
 
 pytestmark = pytest.mark.usefixtures("own_cache", "fake_nvcc")
 
@@ -231,6 +231,15 @@ def test_a_damaged_entry_is_reported_when_nothing_else_serves(row):
         store.find(SMALL)
     assert store.state(OTHER).word == "not built", "other kernels do not suffer"
     assert store.Inventory.of([SMALL, OTHER]).states[OTHER].word == "not built"
+
+
+def test_an_entry_of_another_version_is_passed_over(row):
+    """Two versions may share a cache: neither is broken by what the other built."""
+    edit(row.path.parent / "row.json", schema=manifest.SCHEMA - 1)
+    assert store.find(SMALL) is None
+    assert store.state(SMALL).word == "not built"
+    assert store.rows()[1] == []
+    assert publish.clean(config.cache_dir())[0] == 1
 
 
 def test_an_entry_of_another_kernel_is_refused(row):
