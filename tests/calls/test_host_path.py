@@ -221,9 +221,11 @@ def test_a_plan_wants_the_optional_tensors_that_it_was_made_with(stub):
             plan.run(q, k, v, **wrong)
 
 
-@pytest.mark.parametrize("which", ["q", "k", "v", "sinks"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "sinks", "alibi_slopes"])
 def test_gradients_are_refused_by_calls_and_plans(stub, which):
     given = {**dict(zip("qkv", qkv(), strict=True)), "sinks": torch.zeros(8)}
+    if which == "alibi_slopes":
+        given |= {"alibi_slopes": torch.ones(8)}
     plan = fmha.plan(**given)
     given[which].requires_grad_()
     for run in (fmha.attention, plan.run):

@@ -152,3 +152,33 @@ def test_a_gpu_without_kernels_is_told_which_have_some(monkeypatch):
     monkeypatch.setattr(route.driver, "capability", lambda index: (10, 0))
     with pytest.raises(fmha.UnsupportedProblem, match=r"8\.0, 8\.6, 8\.9, 9\.0, 12\.0\. fallback='torch'"):
         route.arch_of(0)
+
+
+@pytest.mark.parametrize("which", ["k", "v", "out", "sinks", "alibi_slopes", "seqused_k"])
+@pytest.mark.parametrize("device", [None, "emulator"])
+def test_a_tensor_on_another_device_is_named(which, device):
+    """The device "meta" is one that every machine has."""
+    given = {name: half(1, 8, 2, 64) for name in ("q", "k", "v", "out")}
+    given |= {"sinks": torch.zeros(2), "seqused_k": torch.tensor([8], dtype=torch.int32)}
+    given |= {"alibi_slopes": torch.zeros(2)}
+    given[which] = given[which].to("meta")
+    with pytest.raises(fmha.InputError, match=rf"{which} is .*meta.*cpu"):
+        fmha.attention(**given, device=device)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_prepare_loads_all_that_a_call_may_need(monkeypatch, packed):
+    """The kernel of the problem, those of its smaller calls, and for a packed mask the one that packs."""
+    from fmha_runtime.calls import api
+    from fmha_runtime.kernels.spec import Mask
+    from fmha_runtime.ops.pack import packer
+    from fmha_runtime.problem import dispatch
+
+    loaded, packers = [], []
+    monkeypatch.setattr(api.obtain, "kernel", lambda spec, device: loaded.append((spec, device)))
+    monkeypatch.setattr(packer, "prepare", packers.append)
+    mask = Mask.PACKED if packed else Mask.BAND
+    problem = fmha.Problem(arch=fmha.Arch.SM90, dtype=fmha.DType.BF16, head_dim=64, head_dim_v=64, mask=mask)
+    fmha.prepare(problem, device=2)
+    assert loaded == [(spec, "cuda:2") for spec in dispatch.kernels(problem)] and loaded
+    assert packers == ([2] if packed else [])

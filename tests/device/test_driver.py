@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 from types import SimpleNamespace
@@ -96,3 +97,87 @@ def test_whether_a_stream_is_captured(monkeypatch):
     with pytest.raises(DriverError) as caught:
         driver.stream_is_capturing(4)
     assert caught.value.code == driver.INVALID_CONTEXT
+
+
+class Memory:
+    """Stands for the driver of one GPU: hands out addresses, knows which streams are being captured."""
+
+    def __init__(self, monkeypatch):
+        self.api = pytest.importorskip("cuda.bindings.driver")
+        self.capturing, self.loads = set(), []
+        ok = self.api.CUresult.CUDA_SUCCESS
+        status = self.api.CUstreamCaptureStatus
+        words = {True: status.CU_STREAM_CAPTURE_STATUS_ACTIVE, False: status.CU_STREAM_CAPTURE_STATUS_NONE}
+        answers = {
+            "cuLaunchKernel": None,
+            "cuMemAlloc": lambda size: (ok, 0x7000),
+            "cuMemsetD32": lambda *_: (ok,),
+            "cuStreamSynchronize": lambda *_: (ok,),
+            "cuStreamIsCapturing": lambda stream: (ok, words[stream in self.capturing]),
+            "cuLibraryLoadData": lambda image, *_: (self.loads.append(image), (ok, "library"))[1],
+            "cuLibraryGetKernel": lambda *_: (ok, "kernel"),
+            "cuKernelGetParamInfo": lambda *_: (ok, 0, 320),
+            "cuKernelSetAttribute": lambda *_: (ok,),
+            "cuKernelGetFunction": lambda *_: (ok, 0x5000),
+        }
+        enums = {"CUfunction_attribute": self.api.CUfunction_attribute, "CUresult": self.api.CUresult}
+        stub = SimpleNamespace(**enums, **answers)
+        monkeypatch.setattr(driver, "_launch_ex", lambda: None)
+        monkeypatch.setattr(driver, "_api", lambda: stub)
+        monkeypatch.setattr(driver, "_device", lambda index: index)
+        monkeypatch.setattr(driver, "_current", lambda device: contextlib.nullcontext())
+        for table in ("_kernels", "_queues", "_stream_words"):
+            monkeypatch.setattr(driver, table, {})
+
+    def load(self, name="k", stream=0):
+        return driver.load(b".version 8", name, 0, 1000, 320, stream)
+
+
+def test_a_stream_keeps_its_word_and_each_captured_launch_has_its_own(monkeypatch):
+    memory = Memory(monkeypatch)
+    memory.load()
+    first, other = driver.queue_word(0, 0x51), driver.queue_word(0, 0x52)
+    assert first != other and first % 4 == other % 4 == 0
+    assert driver.queue_word(0, 0x51) == first  # launches of one stream follow each other
+    memory.capturing = {0x51}
+    captured = [driver.queue_word(0, 0x51) for _ in range(3)]
+    assert len({first, other, *captured}) == 5, "a graph may run beside its stream, and beside another graph"
+    memory.capturing = set()
+    assert driver.queue_word(0, 0x51) == first
+    assert driver.queue_word(0, 0x53) not in {first, other, *captured}
+
+
+def test_a_word_is_kept_by_none_that_met_its_stream_in_a_capture(monkeypatch):
+    memory = Memory(monkeypatch)
+    memory.load()
+    memory.capturing = {0x60}
+    captured = driver.queue_word(0, 0x60)
+    memory.capturing = set()
+    assert driver.queue_word(0, 0x60) != captured
+
+
+def test_no_word_where_none_is_safe(monkeypatch):
+    memory = Memory(monkeypatch)
+    monkeypatch.setattr(driver, "QUEUE_WORDS", 2)
+    memory.load()
+    assert driver.queue_word(0, 2) is None, "the per-thread default stream means a stream a thread"
+    words = [driver.queue_word(0, stream) for stream in (10, 11, 12)]
+    assert words[0] is not None and words[1] is not None and words[2] is None
+
+
+def test_loading_while_the_stream_is_captured_is_refused(monkeypatch):
+    memory = Memory(monkeypatch)
+    memory.capturing = {0x51}
+    with pytest.raises(DriverError, match=r"graph is being captured.*fmha_runtime\.prepare"):
+        memory.load(stream=0x51)
+    assert memory.loads == []
+    kernel = memory.load(stream=0x52)
+    assert len(memory.loads) == 1
+    assert memory.load(stream=0x51) is kernel, "what is loaded already may be captured"
+
+
+def test_a_block_of_another_size_is_refused(monkeypatch):
+    memory = Memory(monkeypatch)
+    with pytest.raises(ArtifactError, match=r"takes 320 bytes of parameters, this version fills 312"):
+        driver.load(b".version 8", "k", 0, 1000, 312, 0)
+    assert memory.loads and not driver._kernels

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import pytest
 import torch
 
@@ -157,14 +160,28 @@ def test_the_torch_path_has_no_tiles() -> None:
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Cubins that the driver was given."""
-    images: list[bytes] = []
-    monkeypatch.setattr(driver, "load", lambda image, *_: images.append(image))
-    return images
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the driver was given: image, name, device, bytes of shared memory, bytes of parameters, stream."""
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(driver, "load", lambda *arguments: given.append(arguments))
+    return given
 
 
-def test_a_cubin_of_a_forced_tile_is_built_once(own_cache, fake_nvcc, loaded: list[bytes]) -> None:
+@pytest.mark.parametrize("text", ["64x32 w4 s2 c1", "128x64 w8 s2 c1", None])
+def test_what_is_loaded_may_use_the_shared_memory_of_its_own_tile(own_cache, fake_nvcc, loaded, text) -> None:
+    tile = forced_tile.parse(SMALL, text) if text else None
+    if tile is None:
+        build.build([SMALL])
+    obtain.kernel(SMALL, device="cuda:3", tile=tile, stream=7)
+    ((image, name, device, smem, size, stream),) = loaded
+    cut = tile or catalog.tile(SMALL)
+    assert (name, device, smem, stream) == (SMALL.name, 3, catalog.smem_bytes(SMALL, cut), 7)
+    assert size == ctypes.sizeof(catalog.block(SMALL)) and SMALL.name.encode() in image
+    others = {catalog.smem_bytes(SMALL, other) for other in (catalog.tile(SMALL), Tile.parse("64x32 w4 s2 c1"))}
+    assert len(others) == 2, "the tiles of this test differ in shared memory"
+
+
+def test_a_cubin_of_a_forced_tile_is_built_once(own_cache, fake_nvcc, loaded: list[tuple[Any, ...]]) -> None:
     tile = forced_tile.parse(SMALL, "64x32 w4 s2 c1")
     obtain.kernel(SMALL, tile=tile)
     obtain.kernel(SMALL, tile=tile)

@@ -357,6 +357,19 @@ def test_kernels_without_cases_are_refused() -> None:
         cases(KernelSpec.parse("fmha_fwd_sm90_e4m3_d64"))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_row_without_its_log_sum_exp_fails(value: float, where: int) -> None:
+    """What a kernel leaves that does not write it (the canvas holds NaN), or writes the word for an empty row."""
+
+    def change(out: Any, lse: Any) -> None:
+        lse.view(-1)[where] = value
+
+    case = next(c for c in cases(SPEC) if not c.varlen and not c.causal and c.window is None and c.used_k is None)
+    result = verifier.check_case(SPEC, case, "cpu", wrong(change))
+    assert "lse" in {f.check for f in result.failures}, result.failures
+
+
 def test_cases_too_large_for_the_emulator_are_skipped_and_said() -> None:
     found = report(right)
     assert found.skipped
