@@ -134,8 +134,26 @@ def test_hopper_kernels_on_the_emulator():
     for options in ({"causal": True}, {"window": (40, 9)}, {"softcap": 4.0}, {"sinks": torch.ones(4)}):
         q, k, v = qkv(2, 150, 210, 4, 2, 64)
         assert fmha.explain(q, k, v, device="emulator:sm90", **options).chosen.arch.value == "sm90a"
-        out = fmha.attention(q, k, v, device="emulator:sm90", **options)
-        assert close(out, reference.attention(q, k, v, **options)[0], q.dtype)
+        out, lse = fmha.attention(q, k, v, device="emulator:sm90", return_lse=True, **options)
+        want, want_lse = reference.attention(q, k, v, **options)
+        assert close(out, want, q.dtype) and (lse - want_lse).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("d", "dv"), [(32, 32), (128, 128), (192, 128)])
+def test_hopper_kernels_with_sequences_of_different_lengths_on_the_emulator(d, dv):
+    lens_q, lens_k = [5, 0, 130, 33], [70, 9, 200, 0]
+    q, k, v = (torch.randn(sum(lens), heads, width).to(torch.bfloat16) for lens, heads, width in (
+        (lens_q, 2, d), (lens_k, 1, d), (lens_k, 1, dv)
+    ))  # fmt: skip
+    cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k))
+    out, lse = fmha.attention_varlen(
+        q, k, v, cu_q, cu_k, 130, 200, causal=True, return_lse=True, device="emulator:sm90"
+    )  # fmt: skip
+    want, want_lse = reference.attention_varlen(q, k, v, cu_q, cu_k, causal=True)
+    assert close(out, want, q.dtype)
+    empty = want_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty) and empty.any()
+    assert (lse - want_lse)[~empty].abs().max() < 1e-3
 
 
 def test_plans_are_cached_by_geometry_and_options():

@@ -31,7 +31,9 @@ def test_there_are_headers_and_nothing_else():
 @pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
 def test_header(path):
     text = path.read_text()
-    assert text.startswith("// SPDX-License-Identifier: Apache-2.0\n//"), "licence, then what lives here"
+    assert text.startswith("// SPDX-License-Identifier: Apache-2.0\n// "), "licence, then what lives here"
+    described = re.match(r"(?:// .*\n)+", text.partition("\n")[2])[0].replace("// ", "")
+    assert len(described.split()) >= 5 and described.rstrip().endswith((".", ":")), "a sentence says what lives here"
     assert text.count("#pragma once") == 1
     bare = code(path)
     # Symbols of an anonymous namespace and of statics carry a hash of the file's path.

@@ -79,11 +79,19 @@ def test_sixteen_cold_builders_one_of_them_killed(own_cache, fake_nvcc):
 
 
 def test_killed_at_any_moment_leaves_nothing_half_done(own_cache, fake_nvcc):
-    fake_nvcc.write(seconds=0.02)
-    for delay in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+    """Moments counted in what the builder did, not in seconds, so that each hits a build however slow the machine is:
+    the first compilation begins, the second does, a folder got its final name."""
+    fake_nvcc.write(seconds=0.2)
+
+    def published():
+        return any(own_cache.glob("fmha_*"))
+
+    for moment in (lambda: fake_nvcc.runs > before, lambda: fake_nvcc.runs > before + 1, published):
         shutil.rmtree(own_cache, ignore_errors=True)
+        before = fake_nvcc.runs
         process = start()
-        time.sleep(delay)
+        wait_for(moment)
+        assert process.poll() is None or moment is published, "it was killed in the middle of a build"
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         rows, broken = store.rows()
