@@ -7,21 +7,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from helpers.numbers import REL_L2, qkv  # noqa: E402
+
 import fmha_runtime as fmha  # noqa: E402
 from fmha_runtime.ops.forward import reference  # noqa: E402
 
 pytestmark = pytest.mark.emulator
 
 
-def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv or d))
-    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
-
-
 def close(out, ref, dtype):
-    limit = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
-    return ((out.double() - ref).norm() / ref.norm()).item() < limit
+    return ((out.double() - ref).norm() / ref.norm()).item() < REL_L2[dtype]
 
 
 @pytest.mark.parametrize(

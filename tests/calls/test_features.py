@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from helpers.numbers import REL_L2, qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,20 +19,12 @@ from fmha_runtime.problem import alibi
 
 pytestmark = pytest.mark.emulator
 
-LIMIT = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
-
-
-def qkv(b, sq, sk, h, hk, d, dtype=torch.bfloat16, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, d))
-    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
-
 
 def agree(q, k, v, **options):
     """Output and LSE of the emulated kernel are the reference's; returns the output."""
     out, lse = fmha.attention(q, k, v, return_lse=True, device="emulator", **options)
     ref, ref_lse = reference.attention(q, k, v, **options)
-    assert (out.double() - ref).norm() <= LIMIT[q.dtype] * ref.norm()
+    assert (out.double() - ref).norm() <= REL_L2[q.dtype] * ref.norm()
     assert torch.equal(lse.isinf(), ref_lse.isinf())
     assert (lse.double() - ref_lse).nan_to_num(0).abs().max() < 1e-3
     return out

@@ -16,8 +16,8 @@ import torch
 import fmha_runtime as fmha
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.ops.forward.check import LSE_LIMIT
+from helpers.numbers import REL_L2
 
-REL_L2 = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 LAYOUTS = ("packed", "contiguous", "separate", "paged 32", "paged 128", "paged 32 HND", "paged 128 HND")
 
 

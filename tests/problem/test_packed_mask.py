@@ -9,13 +9,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.numbers import close, qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime.kernels.spec import DType
 from fmha_runtime.ops.forward import reference
-from fmha_runtime.ops.forward.check import LSE_LIMIT, REL_L2_LIMIT
 from fmha_runtime.problem import packed_mask
 
 
@@ -23,26 +22,11 @@ def random_mask(*shape, seed=0, share=0.5):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16):
-    g = torch.Generator().manual_seed(3)
-    shapes = ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv or d))
-    return [torch.randn(s, generator=g).to(dtype) for s in shapes]
-
-
 def agree(q, k, v, mask, device="emulator", **options):
     out, lse = fmha.attention(q, k, v, mask=mask, return_lse=True, device=device, **options)
     bits = fmha.unpack_mask(mask) if isinstance(mask, fmha.PackedMask) else mask
     close(out, lse, *reference.attention(q, k, v, mask=bits, **options))
     return out
-
-
-def close(out, lse, ref, ref_lse):
-    """The numbers of a good kernel; rows that see nothing are exactly 0 and -inf."""
-    assert (out.double() - ref).norm() <= REL_L2_LIMIT[DType.BF16] * ref.norm()
-    empty = ref_lse == -torch.inf
-    assert torch.equal(lse == -torch.inf, empty)
-    assert not ((lse.double() - ref_lse)[~empty].abs() >= LSE_LIMIT).any() and not lse.isnan().any()
-    assert (out.transpose(-3, -2)[empty] == 0).all()
 
 
 # --- the layout
