@@ -46,7 +46,7 @@ def test_dense(options, sq, sk):
 @pytest.mark.parametrize("d,dv", [(40, 40), (104, 104), (192, 128)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_head_dims(d, dv, dtype):
-    q, k, v = qkv(1, 67, 90, 2, 1, d, dv, dtype)
+    q, k, v = qkv(1, 67, 90, 2, 1, d, dv, dtype=dtype)
     out = fmha.attention(q, k, v, causal=True, device="emulator")
     assert out.shape == (1, 67, 2, dv)
     assert close(out, reference.attention(q, k, v, causal=True)[0], dtype)

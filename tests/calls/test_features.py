@@ -37,7 +37,7 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 30)}], ids=str)
 @pytest.mark.parametrize("sq,sk", [(70, 131), (131, 70)])
 def test_alibi(dtype, options, sq, sk):
-    q, k, v = qkv(2, sq, sk, 6, 2, 64, dtype)
+    q, k, v = qkv(2, sq, sk, 6, 2, 64, dtype=dtype)
     shared = agree(q, k, v, alibi_slopes=fmha.alibi_slopes(6), **options)
     own = torch.stack([fmha.alibi_slopes(6), torch.zeros(6)])
     own = agree(q, k, v, alibi_slopes=own, **options)
@@ -49,13 +49,13 @@ def test_alibi(dtype, options, sq, sk):
 @BOTH
 @pytest.mark.parametrize("cap,scale", [(3.0, None), (30.0, None), (30.0, 1.0), (0.5, 0.5)])
 def test_softcap(dtype, cap, scale):
-    q, k, v = qkv(1, 70, 131, 4, 2, 64, dtype)
+    q, k, v = qkv(1, 70, 131, 4, 2, 64, dtype=dtype)
     out = agree(q, k, v, softcap=cap, scale=scale, causal=True)
     assert not torch.equal(out, fmha.attention(q, k, v, scale=scale, causal=True, device="emulator"))
 
 
 def test_softcap_of_enormous_scores_is_the_cap():
-    q, k, v = qkv(1, 17, 40, 1, 1, 64, torch.float16)
+    q, k, v = qkv(1, 17, 40, 1, 1, 64, dtype=torch.float16)
     agree(q * 50, k * 50, v, softcap=4.0)
 
 
@@ -128,7 +128,7 @@ def test_chunk_reciprocal_is_division():
 )  # fmt: skip
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_combination(sq, sk, group, seed, window, chunk, sink, what):
-    q, k, v = qkv(1, sq, sk, 2 * group, 2, 64, torch.bfloat16, seed)
+    q, k, v = qkv(1, sq, sk, 2 * group, 2, 64, dtype=torch.bfloat16, seed=seed)
     options = {"window": window, "attention_chunk": chunk}
     options |= {"sinks": torch.randn(2 * group)} if sink else {}
     options |= {"alibi_slopes": torch.rand(2 * group)} if what == "alibi" else {}

@@ -12,7 +12,7 @@ REL_L2 = {torch.bfloat16: REL_L2_LIMIT[DType.BF16], torch.float16: REL_L2_LIMIT[
 """The largest relative L2 error of a kernel's output, by its dtype."""
 
 
-def qkv(b, sq, sk, h, hk, d, dv=None, dtype=torch.bfloat16, seed=0):
+def qkv(b, sq, sk, h, hk, d, dv=None, *, dtype=torch.bfloat16, seed=0):
     """q [b, sq, h, d], k [b, sk, hk, d], v [b, sk, hk, dv or d], standard normal."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv or d))
