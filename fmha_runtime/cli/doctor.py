@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, records
 from ..errors import ArtifactError, FmhaError
 from ..kernels.spec import Arch
 from . import report
@@ -62,7 +62,7 @@ class Diagnosis:
         found: list[str] = []
         for section in dict.fromkeys(section for section, _, _ in self.lines):
             rows = [(label, value) for part, label, value in self.lines if part == section]
-            found += [section, *(f"  {line}" for line in report.table(rows)), ""]
+            found += [section, *(f"  {line}" for line in records.table(rows)), ""]
         found.append(f"problems: {len(self.problems)}")
         for problem in self.problems:
             found += [f"  {problem.text}", f"    {problem.command}"]

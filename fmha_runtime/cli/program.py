@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .. import __version__, config
+from .. import __version__, config, records
 from ..errors import (
     ArtifactError,
     BuildError,
@@ -164,7 +164,7 @@ def list_(chosen: Selection, as_json: bool) -> None:
     if as_json:
         click.echo(report.envelope(items))
         return
-    header, *rows = report.table([report.LIST_HEADER, *map(report.list_row, items)])
+    header, *rows = records.table([report.LIST_HEADER, *map(report.list_row, items)])
     _say(header)
     _print(rows)
     _say(report.list_totals(items))
