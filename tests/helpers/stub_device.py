@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from fmha_runtime.calls import route
-from fmha_runtime.device import driver, tensor_map
+from fmha_runtime.device import driver, tensor_map, tile_queue
 from fmha_runtime.kernels import catalog
 from fmha_runtime.kernels.spec import Arch
 from fmha_runtime.ops.forward import plan as forward
@@ -65,7 +65,7 @@ class StubDevice:
         monkeypatch.setattr(driver, "l2_bytes", lambda index: 50 << 20)
         monkeypatch.setattr(driver, "bind", self.bound.append)
         monkeypatch.setattr(driver, "ensure_context", self.contexts.append)
-        monkeypatch.setattr(driver, "queue_word", lambda device, stream: QUEUE + 4 * stream)
+        monkeypatch.setattr(tile_queue, "word", lambda device, stream: QUEUE + 4 * stream)
         monkeypatch.setattr(tensor_map, "encode", tensor_map.encode_emulated)
         monkeypatch.setattr(tensor_map, "replace_address", tensor_map.replace_address_emulated)
         monkeypatch.setattr(route, "make_plan", self._make_plan)

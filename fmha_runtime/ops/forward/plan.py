@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ... import config
-from ...device import driver, emulator, tensor_map
+from ...device import driver, emulator, tensor_map, tile_queue
 from ...device.loader import Kernel
 from ...errors import DriverError, InputError, UnsupportedProblem
 from ...kernels import catalog
@@ -377,7 +377,7 @@ class Plan:
 
     def _enqueue(self, stream: int) -> None:
         if self._queued:
-            self._block.queue = driver.queue_word(self._device, stream)
+            self._block.queue = tile_queue.word(self._device, stream)
         self._start(stream)
 
 
