@@ -22,6 +22,7 @@ from fmha_runtime.ops.forward import check as verify_check
 from fmha_runtime.ops.forward import plan as forward
 from fmha_runtime.ops.forward import reference
 from fmha_runtime.ops.forward.cases import cases
+from fmha_runtime.ops.forward.inputs import inputs
 from fmha_runtime.ops.forward.check import CaseResult
 from fmha_runtime.verify import run as verifier
 
@@ -121,7 +122,7 @@ def test_the_reference_may_be_elsewhere(varlen: bool) -> None:
         seen.extend(x.device.type for x in (*given, *options.values()) if isinstance(x, torch.Tensor))
         return given[0], given[0][..., 0]
 
-    given = verify_cases.inputs(spec, case, "cpu")
+    given = inputs(spec, case, "cpu")
     verify_check._Check(spec, case, given, spy, "meta")._reference(spy, spy)
     assert set(seen) == {"meta"} and len(seen) >= (7 if varlen else 6)
     assert given.q.device.type == "cpu"
@@ -324,7 +325,7 @@ def test_every_promised_kind_of_case_is_there() -> None:
 
 def test_inputs_are_reproducible_and_poisoned() -> None:
     for case in (c for c in cases(SPEC) if c.quick and c.products(SPEC) < 10_000):
-        one, two = (verify_cases.inputs(SPEC, case, "cpu") for _ in range(2))
+        one, two = (inputs(SPEC, case, "cpu") for _ in range(2))
         assert all(torch.equal(a.isnan(), b.isnan()) for a, b in ((one.k, two.k), (one.v, two.v)))
         assert torch.equal(one.q, two.q) and torch.equal(one.k.nan_to_num(), two.k.nan_to_num())
         assert not one.q.isnan().any()
@@ -339,7 +340,7 @@ def test_inputs_are_reproducible_and_poisoned() -> None:
 def test_another_kernel_has_other_inputs() -> None:
     other = KernelSpec.parse("fmha_fwd_sm90_bf16_d40")
     case = cases(SPEC)[36]
-    one, two = (verify_cases.inputs(spec, case, "cpu").q for spec in (SPEC, other))
+    one, two = (inputs(spec, case, "cpu").q for spec in (SPEC, other))
     assert not torch.equal(one, two)
 
 

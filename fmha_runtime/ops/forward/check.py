@@ -17,7 +17,8 @@ from ...errors import DriverError, EmulatorFault
 from ...kernels.spec import DType, KernelSpec
 from ..suite import CaseResult, Failure
 from . import reference
-from .cases import Case, Inputs, inputs
+from .cases import Case
+from .inputs import Inputs, inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
