@@ -4,7 +4,7 @@
 The rule: the error against an fp64 reference is at most twice that of an honest low-precision
 implementation, the relative L2 error is that of a good kernel, LSE is within 1e-3, rows that see no
 key are exactly 0 and -inf, nothing outside the output is written, nothing outside the sequences
-matters, a second run gives the same bits. verify_check.py applies it.
+matters, a second run gives the same bits. ops/forward/check.py applies it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...]:
 
 def suite(spec: KernelSpec) -> str:
     """What a kernel is held to, as SHA-256 (hex): its cases and the limits of the checks. Part of a record, so that
-    another case or a looser limit is seen. What a change of the checks themselves means, EDITION of verify_check says.
+    another case or a looser limit is seen. What a change of the checks themselves means, EDITION of forward/check.py says.
     """
     limits = verify_pack.limits() if spec.op is Op.PACK else verify_check.limits(spec.dtype)
     text = json.dumps([limits, [asdict(case) for case in cases(spec)]], sort_keys=True)

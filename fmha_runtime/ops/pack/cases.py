@@ -36,7 +36,7 @@ _CANARY = -0x35014542
 _GUARD = 64  # words
 
 
-EDITION = 1  # as verify_check.EDITION
+EDITION = 1  # as EDITION of forward/check.py
 
 
 def limits() -> dict[str, float]:
