@@ -79,6 +79,12 @@ def cubin_dir() -> Path | None:
     return _folder(text) if text else None
 
 
+def places() -> tuple[str | None, ...]:
+    """What the folders of kernels and the host compiler are named by, as it is in the environment now."""
+    get = os.environ.get
+    return (get("FMHA_CUBIN_DIR"), get("FMHA_CACHE_DIR"), get("XDG_CACHE_HOME"), get("HOME"), get("FMHA_HOST_CXX"))
+
+
 def nvcc_override() -> str | None:
     """The nvcc that the user insists on, or None."""
     return _get("FMHA_NVCC")

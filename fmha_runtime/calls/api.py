@@ -21,7 +21,7 @@ from ..errors import FmhaError, InputError
 from ..kernels.spec import Arch, Mask
 from ..ops import obtain
 from ..ops.combine import merge
-from ..ops.forward import plan as forward
+from ..ops.forward import direct
 from ..ops.forward.plan import Plan
 from ..ops.pack import packer
 from ..problem import arguments, arrays, dispatch
@@ -262,7 +262,7 @@ def plan(
     made = route.make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
     if made is None:
         raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
-    return made
+    return made.for_runs((q, k, v), (cu_seqlens_q, cu_seqlens_k, seqused_k), extras)
 
 
 def prepare(problem: Problem, *, device: int = 0) -> None:
@@ -320,7 +320,7 @@ def explain(
     if isinstance(q, Problem):
         return dispatch.trace(q, tile)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
-    extras = Extras(alibi_slopes, sinks, page_table, forward.packed(mask, cu_seqlens_q))
+    extras = Extras(alibi_slopes, sinks, page_table, direct.packed(mask, cu_seqlens_q))
     shape = route.checked(q, k, v, lengths, extras)
     opts = arguments.options(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk

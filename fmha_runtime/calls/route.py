@@ -15,6 +15,7 @@ from ..kernels.spec import Arch
 from ..ops import obtain
 from ..ops.combine.merge import merge
 from ..ops.forward import reference
+from ..ops.forward.binding import Binding
 from ..ops.forward.plan import Plan
 from ..ops.pack import packer
 from ..problem import arguments, arrays, dispatch, tensors
@@ -23,10 +24,31 @@ from ..problem.dispatch import Problem
 from ..problem.packed_mask import unpack_mask
 from . import torch_ops
 
-_PLAN_LIMIT = 4096
+PLANS = 4096
+"""Plans that are kept, one a geometry; the oldest make room. Making one again costs some microseconds."""
 _plans: dict[Any, Plan] = {}
-# A forked child makes its plans anew: those of its parent hold kernels that it may not launch, and perhaps a lock.
-os.register_at_fork(after_in_child=_plans.clear)
+
+BINDINGS = 1024
+"""Bindings that are kept, one for each kernel and options."""
+_bindings: dict[Any, Binding] = {}
+
+
+def _forget() -> None:
+    """A forked child may not launch its parent's kernels."""
+    _plans.clear()
+    _bindings.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _keep(table: dict[Any, Any], limit: int, key: Any, value: Any) -> None:
+    if len(table) >= limit:
+        try:
+            table.pop(next(iter(table)), None)
+        except (RuntimeError, StopIteration):  # another thread changed the table at this moment
+            table.clear()
+    table[key] = value
 
 
 def run(
@@ -82,9 +104,7 @@ def run(
             return _in_torch(q, k, v, lengths, options, extras, out, return_lse)
         plan = made
         if key is not None:
-            if len(_plans) >= _PLAN_LIMIT:
-                _plans.clear()
-            _plans[key] = plan
+            _keep(_plans, PLANS, key, plan)
     return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream, extras)
 
 
@@ -186,6 +206,29 @@ def make_plan(
         the errors of ``api.attention``.
     """
     shape = checked(q, k, v, lengths, extras, out)
+    key: Any = (
+        q.dtype, q.device, shape.head_dim, shape.head_dim_v, shape.page_size, *options.values(), device, fallback, tile,
+        extras.alibi_slopes is None, extras.mask is None,
+        dispatch.regime(shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k),
+    )  # fmt: skip
+    try:
+        binding = _bindings.get(key)
+    except TypeError:  # a list as window
+        key = binding = None
+    if binding is None:
+        binding = bind(q, shape, options, extras, device, stream, fallback, tile)
+        if binding is None:
+            return None
+        if key is not None:
+            _keep(_bindings, BINDINGS, key, binding)
+    return Plan(binding, shape, q, k, v, out, extras)
+
+
+def bind(
+    q: Any, shape: arguments.Shape, options: dict[str, Any], extras: Extras, device: Any, stream: Any, fallback: Any,
+    tile: str | None,
+) -> Binding | None:  # fmt: skip
+    """The kernel of a checked call, loaded, with its options; None when plain torch is to run it. Errors as above."""
     opts = arguments.options(**options)
     if fallback not in (None, "torch"):
         raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
@@ -215,8 +258,7 @@ def make_plan(
         stream = torch.cuda.current_stream(q.device).cuda_stream
     forced = None if tile is None else choice.tile
     kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
-    cu_q, cu_k, _, _, used, _ = lengths
-    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras, (cu_q, cu_k, used))
+    return Binding(kernel, choice.spec, choice.tile, opts, shape.page_size)
 
 
 def arch_of(index: int) -> Arch:

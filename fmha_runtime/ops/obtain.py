@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import config
 from ..device import emulator, loader
@@ -22,7 +24,8 @@ from ..toolchain.nvcc import try_nvcc
 def kernel(
     spec: KernelSpec, *, device: str = "cuda:0", via: str = "cubin", tile: Tile | None = None, stream: int = 0
 ) -> Kernel:
-    """A kernel ready to launch: ``image``, loaded.
+    """A kernel ready to launch: ``image``, loaded. What is loaded stays, whatever happens to its file: asking for it
+    again, with other options of a call, touches none.
 
     Args:
         device: "cuda:N", or "emulator".
@@ -31,9 +34,18 @@ def kernel(
     Raises:
         KernelNotBuilt, ArtifactError, DriverError, BuildError, ToolchainError: see ``image`` and loader.load.
     """
-    emulated = loader.emulated_arch(device) is not None
-    index = 0 if emulated else int(device.partition(":")[2] or 0)
-    return loader.load(image(spec, via="emulator" if emulated else via, tile=tile), index, stream)
+    key = (spec, tile, device, via, config.places())
+    found = _loaded.get(key)
+    if found is None:
+        emulated = loader.emulated_arch(device) is not None
+        index = 0 if emulated else int(device.partition(":")[2] or 0)
+        found = loader.load(image(spec, via="emulator" if emulated else via, tile=tile), index, stream)
+        _loaded[key] = found
+    return found
+
+
+_loaded: dict[tuple[Any, ...], Kernel] = {}
+os.register_at_fork(after_in_child=_loaded.clear)  # a child may not launch its parent's kernels
 
 
 def from_source(text: str, name: str, include_dirs: Sequence[Path] | None = None) -> emulator.Kernel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels.forward.params import UNLIMITED
@@ -142,8 +142,7 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):  # a dataclass takes five times as long to make, and every new geometry makes one
     """Sizes of a checked call. For varlen, seqlen_q and seqlen_k are the caller's upper bounds."""
 
     batch: int
@@ -215,21 +214,20 @@ def check_call(
     rows = "[tokens" if varlen else "[batch, seq"
     rank_k = 4 if cache else rank
     rows_k = rows if not cache else "[batch, seq" if extras.page_table is None else "[pages, page_size"
-    tensors.check_tensor("q", q, rank, f"{rows}, heads, head_dim]")
-    tensors.check_tensor("k", k, rank_k, f"{rows_k}, heads_k, head_dim]")
-    tensors.check_tensor("v", v, rank_k, f"{rows_k}, heads_k, head_dim_v]")
+    tensors.check_tensor("q", q, rank, rows, "heads, head_dim]")
+    tensors.check_tensor("k", k, rank_k, rows_k, "heads_k, head_dim]")
+    tensors.check_tensor("v", v, rank_k, rows_k, "heads_k, head_dim_v]")
+    device, q_shape, k_shape, v_shape = q.device, q.shape, k.shape, v.shape
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype is not q.dtype:
             raise InputError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: all three must agree")
-        if tensor.device != q.device:
-            raise InputError(
-                f"{name} is on {tensor.device}, q is on {q.device}: all tensors of a call are on one device"
-            )
-    heads, heads_k = q.shape[-2], k.shape[-2]
-    if k.shape[-1] != q.shape[-1]:
-        raise InputError(f"q has head dim {q.shape[-1]}, k has {k.shape[-1]}: they must be equal")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise InputError(f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: all but the head dim must be equal")
+        if tensor.device != device:
+            raise InputError(f"{name} is on {tensor.device}, q is on {device}: all tensors of a call are on one device")
+    heads, heads_k, head_dim, head_dim_v = q_shape[-2], k_shape[-2], q_shape[-1], v_shape[-1]
+    if k_shape[-1] != head_dim:
+        raise InputError(f"q has head dim {head_dim}, k has {k_shape[-1]}: they must be equal")
+    if k_shape != v_shape and k_shape[:-1] != v_shape[:-1]:
+        raise InputError(f"k has shape {tuple(k_shape)}, v has {tuple(v_shape)}: all but the head dim must be equal")
     if heads_k == 0 or heads % heads_k:
         raise InputError(
             f"{heads} query heads cannot share {heads_k} key/value heads evenly: heads must be a multiple of heads_k"
@@ -243,29 +241,29 @@ def check_call(
                 f"{tuple(cu_seqlens_q.shape) if hasattr(cu_seqlens_q, 'shape') else cu_seqlens_q!r}"
             )
         batch = cu_seqlens_q.shape[0] - 1
-        tensors.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q.device)
-        total = q.shape[0]
+        tensors.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, device)
+        total = q_shape[0]
     else:
-        batch = q.shape[0]
-        length_q = _max_seqlen("q's length", q.shape[1])
+        batch = q_shape[0]
+        length_q = _max_seqlen("q's length", q_shape[1])
     page_size = None
     if extras.page_table is not None:
-        page_size = k.shape[1]
-        length_k = _check_pages(extras.page_table, page_size, batch, q.device)
+        page_size = k_shape[1]
+        length_k = _check_pages(extras.page_table, page_size, batch, device)
     elif varlen and not cache:
-        tensors.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, q.device)
+        tensors.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, device)
         length_k = _max_seqlen("max_seqlen_k", max_seqlen_k)
     else:
-        if k.shape[0] != batch:
-            raise InputError(f"q has batch {batch}, k and v have {k.shape[0]}: they must be equal")
-        length_k = _max_seqlen("k's length", k.shape[1])
+        if k_shape[0] != batch:
+            raise InputError(f"q has batch {batch}, k and v have {k_shape[0]}: they must be equal")
+        length_k = _max_seqlen("k's length", k_shape[1])
     if seqused_k is not None:
-        tensors.check_index("cache_seqlens" if cache else "seqused_k", seqused_k, batch, q.device)
-    dims = (q.shape[-1], v.shape[-1])
-    shape = Shape(batch, heads, heads_k, length_q, length_k, *dims, total, page_size)
-    _check_extras(extras, shape, q.device)
+        tensors.check_index("cache_seqlens" if cache else "seqused_k", seqused_k, batch, device)
+    shape = Shape(batch, heads, heads_k, length_q, length_k, head_dim, head_dim_v, total, page_size)
+    if extras is not NO_EXTRAS:
+        _check_extras(extras, shape, device)
     if out is not None:
-        tensors.check_tensor("out", out, rank, f"{rows}, heads, head_dim_v]")
+        tensors.check_tensor("out", out, rank, rows, "heads, head_dim_v]")
         if tuple(out.shape) != shape.out or out.dtype is not q.dtype or out.device != q.device:
             raise InputError(
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}; this call needs "

@@ -24,7 +24,8 @@ BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """A mask as kernels read it; ``pack_mask`` (ops/pack/packer.py) makes it. Reusable as long as the mask stays the same.
+    """A mask as kernels read it; ``pack_mask`` (ops/pack/packer.py) makes it. Reusable as long as the mask stays
+    the same.
 
     Attributes:
         words: int32 [B or 1, H or 1, row blocks, column blocks, 128] (varlen: batch is 1).

@@ -119,7 +119,7 @@ def test_plan_wants_the_lengths_it_was_made_with():
 def test_debug_prints_a_line_before_each_launch(monkeypatch, capsys):
     monkeypatch.setenv("FMHA_DEBUG", "1")
     q, k, v = qkv(1, 9, 11, 1, 1, 32, seed=7)
-    plan = fmha.plan(q, k, v, causal=True, device="emulator")
+    plan = fmha.plan(q, k, v, causal=True, scale=0.25, device="emulator")  # no call before had this scale
     plan.run(q, k, v)
     line = capsys.readouterr().err
     assert line.startswith("fmha: fmha_fwd_sm80_bf16_d32 tile") and "causal=True" in line

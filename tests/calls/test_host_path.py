@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import runpy
-import sys
 import weakref
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from helpers import ROOT  # noqa: E402
+from helpers.profiling import calls_of  # noqa: E402
 from helpers.stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
@@ -118,8 +118,9 @@ def test_the_word_of_the_address_is_found_and_the_map_left_as_it_was():
     layout = tensor_map.layout((1, 8, 1, 64), (512, 64, 64, 1), tensor_map.DType.BF16, 8, 64, tensor_map.Swizzle.B128)
     tensor_map.encode_emulated(layout, 0x123450, slot)
     before = ctypes.string_at(slot, 128)
-    word = tensor_map.address_word(slot, tensor_map.replace_address_emulated)
+    place = tensor_map.address_place(slot, tensor_map.replace_address_emulated)
     assert ctypes.string_at(slot, 128) == before
+    word = ctypes.c_uint64.from_address(slot + 8 * place)
     assert word.value == 0x123450
     word.value = 0x555550
     assert tensor_map._EmulatedMap.from_address(slot).address == 0x555550
@@ -130,8 +131,8 @@ def test_the_word_of_the_address_is_found_and_the_map_left_as_it_was():
     def refused(slot, address):
         raise DriverError("no")
 
-    assert tensor_map.address_word(slot, scrambled) is None
-    assert tensor_map.address_word(slot, refused) is None
+    assert tensor_map.address_place(slot, scrambled) is None
+    assert tensor_map.address_place(slot, refused) is None
 
 
 def test_another_current_device_is_left_as_it_was(stub):
@@ -154,11 +155,15 @@ def test_a_thread_without_a_context_gets_one(stub):
         fmha.attention(q, k, v)
 
 
-def test_maps_are_encoded_in_a_context_which_warm_calls_do_not_ask_for(stub):
+def test_maps_are_encoded_in_a_context_which_only_a_thread_without_one_asks_for(stub):
     q, k, v = qkv()
+    stub.encode_refusals.append(driver.INVALID_CONTEXT)
     for _ in range(3):
         fmha.attention(q, k, v)
-    assert stub.contexts == [0]
+    assert stub.bound == [0] and len(stub.launches) == 3
+    stub.encode_refusals.append(1)
+    with pytest.raises(DriverError, match="cuTensorMapEncodeTiled failed: CUresult 1"):
+        fmha.attention(q, k[:, :5], v[:, :5])
 
 
 def test_an_explicit_stream_is_taken(stub):
@@ -317,22 +322,6 @@ def test_a_guarded_tensor_may_change_in_place(stub):
     with pytest.raises(fmha.InputError, match=r"^v has"):
         plan.run(q, k, v)
     assert len(stub.launches) == 2
-
-
-def calls_of(function):
-    """How many functions, Python's and C's, one run of it enters."""
-    count = 0
-
-    def hook(frame, event, arg):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(hook)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count - 1  # setprofile itself
 
 
 def test_a_warm_call_stays_short(stub):
