@@ -39,6 +39,8 @@ class KernelRow:
     Sizes are bytes; ``spill_bytes`` is stores plus loads; ``nvcc`` its version; ``code`` says what was compiled
     (sources.code), ``sha256`` and ``ptx_sha256`` what came out: the cubin, and the PTX on the way to it. ``path`` is
     None when the row's cubin is not there; ``root`` says which of FMHA_CUBIN_DIR, cache and package the row is from.
+    ``text`` (sources.text) is kept in cache entries only: where it is that of the present sources, to the letter, their
+    code need not be worked out.
     """
 
     spec: KernelSpec
@@ -57,9 +59,10 @@ class KernelRow:
     flags: str
     path: Path | None = None
     root: str = ""
+    text: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as it is stored: everything but where it lies."""
+        """The row as it is stored: everything but where it lies and ``text``."""
         facts = {name: getattr(self, name) for name in (*_NUMBERS, *_TEXTS)}
         return {"name": self.spec.name, "tile": str(self.tile), **facts}
 
@@ -76,11 +79,12 @@ class KernelRow:
             for name in _NUMBERS:
                 if type(data[name]) is not int or data[name] < 0:
                     raise ValueError(f"{name} is {data[name]!r}, not a count")
-            for name in ("name", "tile", *_TEXTS):
+            data = {"text": "", **data}
+            for name in ("name", "tile", "text", *_TEXTS):
                 if not isinstance(data[name], str):
                     raise ValueError(f"{name} is {data[name]!r}, not text")
             facts = {name: data[name] for name in (*_NUMBERS, *_TEXTS)}
-            return cls(KernelSpec.parse(data["name"]), Tile.parse(data["tile"]), **facts)
+            return cls(KernelSpec.parse(data["name"]), Tile.parse(data["tile"]), **facts, text=data["text"])
         except KeyError as error:
             raise _broken(source, f"a row lacks the field {error}") from None
         except (ValueError, InputError) as error:
@@ -172,7 +176,7 @@ def table_text(rows: Iterable[KernelRow]) -> str:
 
 def row_text(row: KernelRow) -> str:
     """``row.json`` of a cache entry."""
-    return json.dumps({"schema": SCHEMA, **row.to_json()}, indent=1) + "\n"
+    return json.dumps({"schema": SCHEMA, **row.to_json(), "text": row.text}, indent=1) + "\n"
 
 
 def read_entry(folder: Path, label: str = "cache") -> KernelRow:

@@ -118,7 +118,8 @@ def why_stale(row: KernelRow, forced: Tile | None = None) -> str:
         return f"built for ABI {row.abi}, this runtime speaks {abi}"
     if row.tile != tile:
         return f"built with tile {row.tile}, the catalogue says {tile}"
-    if row.code != (code := sources.code(row.spec, tile)):
+    same_text = row.text != "" and row.text == sources.text(row.spec, tile)
+    if not same_text and row.code != (code := sources.code(row.spec, tile)):
         return f"built from code {row.code[:12]}, the present sources have {code[:12]}"
     if row.flags != " ".join(sources.flags(row.spec.arch)):
         return "built with other compiler flags"

@@ -157,14 +157,15 @@ class Job:
     nvcc: Nvcc
     cxx: Path
     folder: Path
+    text: str
     code: str
     entry: str  # its folder in a cache
     spills: bool  # any number of them is accepted
 
     @classmethod
     def of(cls, spec: KernelSpec, tile: Tile, nvcc: Nvcc, cxx: Path, scratch: Path, spills: bool) -> Job:
-        entry = _entry(spec, tile, nvcc)
-        return cls(spec, tile, nvcc, cxx, scratch / spec.name, sources.code(spec, tile), entry, spills)
+        entry, text = _entry(spec, tile, nvcc), sources.text(spec, tile)
+        return cls(spec, tile, nvcc, cxx, scratch / spec.name, text, sources.code(spec, tile), entry, spills)
 
     def run(self) -> BuildResult:
         """Compile, judge, and leave cubin and row in the folder."""
@@ -219,6 +220,7 @@ class Job:
             sha256=hashlib.sha256(image).hexdigest(),
             ptx_sha256=hashlib.sha256(ptx_text(self.folder / f"{self.spec.name}.ptx")).hexdigest(),
             code=self.code,
+            text=self.text if sources.text(self.spec, self.tile) == self.text else "",
             nvcc=self.nvcc.version,
             flags=" ".join(sources.flags(self.spec.arch)),
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import runpy
 import weakref
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from helpers.profiling import calls_of  # noqa: E402
 from helpers.stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
+from fmha_runtime.calls import route  # noqa: E402
 from fmha_runtime.device import driver, tensor_map  # noqa: E402
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.kernels.forward import params  # noqa: E402
@@ -349,3 +351,24 @@ def test_the_tool_that_measures_runs_every_caller(stub, monkeypatch):
     ours = {"attention", "attention out=", "attention lse causal", "attention_varlen", "plan.run", "plan.run out="}
     assert set(times) >= ours | {"torch.ops.fmha.fwd", "SDPA flash", "SDPA math"}
     assert len(stub.launches) - before == (len(ours) + 1) * 2 * (3 + 1)
+
+
+def test_the_tool_that_measures_new_lengths_runs_every_form(stub, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("new_lengths")
+    makers = dict(tool.callers(torch, "cpu"))
+    assert set(makers) >= {
+        "attention, dense",
+        "attention, varlen",
+        "attention, pages",
+        "attention, packed",
+        "SDPA flash",
+    }
+    for name, maker in makers.items():
+        if name.startswith("attention"):
+            before, bindings = len(stub.launches), len(route._plans)
+            row = tool._times(torch, maker, 20)
+            assert len(stub.launches) - before == 5 + 2 * 20 and len(route._plans) - bindings == 25
+            assert 0 < row["median_us"] <= row["p99_us"]
+    assert "attention, dense" in "\n".join(tool.lines({"attention, dense": row}))

@@ -16,7 +16,7 @@ from rich.console import Console
 from fmha_runtime import config
 from fmha_runtime.cli.progress import BuildProgress
 from fmha_runtime.errors import ArtifactError, BuildError, InputError, ToolchainError
-from fmha_runtime.kernels import catalog, manifest, sources, store
+from fmha_runtime.kernels import catalog, code_hash, manifest, sources, store
 from fmha_runtime.kernels.forward import tiles
 from fmha_runtime.kernels.spec import KernelSpec
 from fmha_runtime.kernels.tile import Tile
@@ -351,3 +351,24 @@ class TestWithTheRealCompiler:
         true = catalog.smem_bytes
         monkeypatch.setattr(catalog, "smem_bytes", lambda spec, tile: true(spec, tile) + 16)
         assert "must agree on shared memory" in str(build.build([SMALL])[0].error)
+
+
+def test_a_kernel_of_the_present_text_is_found_without_working_out_its_code(
+    own_cache, fake_nvcc, tmp_path, monkeypatch
+):
+    """Reading the tokens of all headers takes tens of milliseconds, once a process: the first call need not."""
+    folder = artefacts.editable_sources(tmp_path, monkeypatch)
+    assert build.build([SMALL])[0].row.text == sources.text(SMALL, catalog.tile(SMALL))
+
+    def digest(*_, **__):
+        worked_out.append(1)
+        return real(*_, **__)
+
+    real, worked_out = code_hash.Flattener.digest, []
+    monkeypatch.setattr(code_hash.Flattener, "digest", digest)
+    assert store.find(SMALL) is not None and not worked_out
+    header = folder / "fmha" / "blocks" / "softmax.cuh"
+    header.write_text("// A new comment.\n" + header.read_text())
+    assert store.find(SMALL) is not None and worked_out, "the code is the same"
+    header.write_text("inline int new_code = 1;\n" + header.read_text())
+    assert store.find(SMALL) is None
