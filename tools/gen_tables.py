@@ -343,8 +343,8 @@ def host_time(root: Path) -> str:
             ]
         if first := record.get("first"):
             parts.append(
-                f"Import and first call {first['import_and_call_ms']:.0f} ms beside torch's own start; the first call of "
-                f"another kernel, which loads it, {first['kernel_ms']:.1f} ms ({path.stem})."
+                f"Import and first call {first['import_and_call_ms']:.0f} ms beside torch's own start; the first call "
+                f"of another kernel, which loads it, {first['kernel_ms']:.1f} ms ({path.stem})."
             )
     return "\n\n".join(parts)
 

@@ -84,9 +84,7 @@ def main() -> int:
     if new:
         print("\n".join(new_lengths.lines(new)))
     first = first_calls()
-    print(
-        f"import and first call {first['import_and_call_ms']:.0f} ms, first call of another kernel {first['kernel_ms']:.1f} ms"
-    )
+    print("import and first call {import_and_call_ms} ms, first call of another kernel {kernel_ms} ms".format(**first))
     if given.out:
         from fmha_runtime import records
 
