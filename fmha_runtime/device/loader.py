@@ -61,9 +61,9 @@ def emulated_arch(device: object) -> Arch | None:
     Raises:
         InputError: an emulator of an unknown arch.
     """
-    if not isinstance(device, str) or not device.startswith("emulator"):
+    if not isinstance(device, str) or device.partition(":")[0] != "emulator":
         return None
-    word = device.removeprefix("emulator").removeprefix(":") or Arch.SM80.value
+    word = device.partition(":")[2] or Arch.SM80.value
     try:
         return Arch(word)
     except ValueError:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels.forward.params import UNLIMITED
 from ..kernels.spec import KvLayout, Mask, Score
-from . import tensors
+from . import overlap, tensors
 from .packed_mask import PackedMask
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ def options(
     softcap: float = 0.0,
     attention_chunk: int | None = None,
 ) -> Options:
-    """Checks the run-time options of a call.
+    """Checks the run-time options of a call. numpy's scalars are numbers, too.
 
     Raises:
         InputError: a window that is not two bounds, a bound that is negative or absurd, a window that reaches right
             of the diagonal of a causal call, a scale that is not a positive finite number, a softcap that is not a
-            finite number >= 0, or a chunk that is not a positive int.
+            finite number >= 0, either of them beyond what fp32 holds, or a chunk that is not a positive int.
     """
-    if not isinstance(causal, bool):
+    if not _is_bool(causal):
         raise InputError(f"causal is {causal!r}; True or False is needed")
     bounds = (None, None) if window is None else window
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
@@ -74,33 +75,77 @@ def options(
             )
         right = 0
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
+        if not isinstance(scale, Real) or _is_bool(scale):
             raise InputError(f"scale is {scale!r}; a Python float is needed (default 1/sqrt(head_dim))")
+        scale = float(scale)
         if not (math.isfinite(scale) and scale > 0):
             raise InputError(f"scale is {scale}; it must be a positive finite number (default 1/sqrt(head_dim))")
-        scale = float(scale)
-    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
+        if not _SMALLEST <= scale <= _LARGEST:
+            raise InputError(f"scale is {scale}; fp32 takes {_SMALLEST:.3g} to {_LARGEST:.3g}")
+    if not isinstance(softcap, Real) or _is_bool(softcap) or not 0 <= softcap < math.inf:
         raise InputError(f"softcap is {softcap!r}; a finite number >= 0 is needed, 0 = off")
+    softcap = float(softcap)
+    if softcap and not _SMALLEST <= softcap <= _LARGEST:
+        raise InputError(f"softcap is {softcap}; fp32 takes {_SMALLEST:.3g} to {_LARGEST:.3g}, and 0 is off")
+    if softcap and scale is not None and not _SMALLEST <= scale / softcap <= _LARGEST:
+        raise InputError(
+            f"scale / softcap is {scale / softcap:.3g} (scale {scale}, softcap {softcap}); fp32 takes "
+            f"{_SMALLEST:.3g} to {_LARGEST:.3g}"
+        )
     chunk = 0 if attention_chunk is None else attention_chunk
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 0 <= chunk <= tensors.MAX_SEQLEN:
+    if not isinstance(chunk, Integral) or _is_bool(chunk) or not 0 <= chunk <= tensors.MAX_SEQLEN:
         raise InputError(
             f"attention_chunk is {attention_chunk!r}; an int from 1 to {tensors.MAX_SEQLEN} is needed, "
             "None (or 0) = off"
         )
-    return Options(left, right, scale, causal, float(softcap), chunk)
+    return Options(left, right, scale, bool(causal), softcap, int(chunk))
+
+
+_SMALLEST, _LARGEST = 2.0**-120, 2.0**120
+"""Of scale, softcap and their quotient: within fp32, with room for the factor log2(e)."""
+
+
+def plainly(causal: object, window: object, scale: object, softcap: object, chunk: object) -> bool:
+    """Whether options are of the types that ``options`` takes as far as a look-up cannot tell: 1 == True."""
+    if (causal is not False and causal is not True) or scale is True or softcap is True or softcap is False:
+        return False
+    if chunk is True or chunk is False:
+        return False
+    return window is None or not any([x is True or x is False for x in window])  # type: ignore[attr-defined]
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__.startswith("bool"))
 
 
 def _bound(side: str, value: object) -> int:
-    if value is None or value == -1:
+    if value is None or (isinstance(value, Integral) and not _is_bool(value) and value == -1):
         return UNLIMITED
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not isinstance(value, Integral) or _is_bool(value):
         raise InputError(f"the {side} window bound is {value!r}; an int or None is needed")
-    if not 0 <= value <= tensors.MAX_SEQLEN:
+    if not 0 <= int(value) <= tensors.MAX_SEQLEN:
         raise InputError(
             f"the {side} window bound is {value}; it counts visible keys, 0 to {tensors.MAX_SEQLEN}, "
             "and None (or -1) means unlimited"
         )
-    return value
+    return int(value)
+
+
+def stream(value: Any) -> int:
+    """The handle of a stream that is not given as one: of torch's streams and others that carry it.
+
+    Raises:
+        InputError: it is no stream.
+    """
+    for name in ("cuda_stream", "handle", "ptr"):  # torch's, cuda.core's, CuPy's
+        found = getattr(value, name, None)
+        if isinstance(found, Integral) and not _is_bool(found):
+            return int(found)
+    if isinstance(value, Integral) and not _is_bool(value):
+        return int(value)
+    raise InputError(
+        f"stream is {value!r}; the handle of a CUDA stream as an int is needed, or a torch.cuda.Stream; None = current"
+    )
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that would cost a microsecond in every call that has one
@@ -269,18 +314,19 @@ def check_call(
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}; this call needs "
                 f"{q.dtype} {shape.out} on {q.device}"
             )
-        if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-            raise InputError("out has a stride of 0: several results would share one place in memory")
+        overlap.check_out(out)
     return shape
 
 
 def _max_seqlen(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= tensors.MAX_SEQLEN:
+    if type(value) is int and 0 <= value <= tensors.MAX_SEQLEN:
+        return value
+    if not isinstance(value, Integral) or _is_bool(value) or not 0 <= int(value) <= tensors.MAX_SEQLEN:
         raise InputError(
             f"{name} is {value!r}; a Python int from 0 to {tensors.MAX_SEQLEN} is needed "
             "(an upper bound is allowed; it is not read from the device)"
         )
-    return value
+    return int(value)
 
 
 def _check_pages(table: Any, page_size: int, batch: int, device: torch.device) -> int:

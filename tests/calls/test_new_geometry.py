@@ -84,6 +84,7 @@ def test_a_new_geometry_launches_what_a_fresh_process_would(stub, monkeypatch):
         with monkeypatch.context() as fresh:
             fresh.setattr(route, "_plans", {})
             fresh.setattr(route, "_bindings", {})
+            fresh.setattr(route, "_recent", {})
             assert launched(stub, call)[0] == got
     assert stub.bindings - 300 < 60, "kernels are bound by options, not by lengths"
 
@@ -107,7 +108,7 @@ def test_a_new_geometry_stays_short(monkeypatch):
     q, k = POOL[8], POOL[8]
     fmha.attention(q[:, :5], k[:, :6], k[:, :6])
     given = q[:, :7], k[:, :9], k[:, 9:18]
-    assert calls_of(lambda: fmha.attention(*given)) <= 130
+    assert calls_of(lambda: fmha.attention(*given)) <= 140
 
 
 def test_old_plans_make_room_one_by_one_and_memory_stays(monkeypatch):

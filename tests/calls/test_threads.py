@@ -34,6 +34,7 @@ def test_first_calls_at_once(monkeypatch, device):
     want = [fmha.attention(*qkv(i), causal=True, device=device) for i in range(2)]
     monkeypatch.setattr(route, "_plans", {})
     monkeypatch.setattr(route, "_bindings", {})
+    monkeypatch.setattr(route, "_recent", {})
     dispatch._walk.cache_clear()
     results = at_once(lambda i: fmha.attention(*inputs[i], causal=True, device=device), 8)
     assert all(torch.equal(out, want[i % 2]) for i, out in enumerate(results))
@@ -58,6 +59,7 @@ def test_one_plan_for_many_threads(device):
 def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
     monkeypatch.setattr(route, "_plans", {})
     monkeypatch.setattr(route, "_bindings", {})
+    monkeypatch.setattr(route, "_recent", {})
     monkeypatch.setattr(route, "PLANS", 2)
     monkeypatch.setattr(route, "BINDINGS", 2)
 

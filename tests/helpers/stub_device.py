@@ -72,6 +72,7 @@ class StubDevice:
         monkeypatch.setattr(route, "bind", self._bind)
         monkeypatch.setattr(route, "_plans", {})
         monkeypatch.setattr(route, "_bindings", {})
+        monkeypatch.setattr(route, "_recent", {})
 
     @contextlib.contextmanager
     def _switch(self, device):

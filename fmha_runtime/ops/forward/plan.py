@@ -17,6 +17,7 @@ from ...kernels.forward import params
 from ...kernels.forward.params import UNLIMITED, FwdSm90Params
 from ...problem import tensors
 from ...problem.arguments import NO_EXTRAS, Extras, Shape
+from ...problem.overlap import Memory
 from ...problem.packed_mask import PackedMask
 from .. import launcher
 from .binding import Binding
@@ -44,10 +45,9 @@ class Plan:
 
     # Look-ups in an object with more than 30 attributes are slow without.
     __slots__ = (
-        "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream",
-        "_debug", "_device", "_empty", "_emulated", "_extras_key", "_guard", "_guards_left", "_lengths",
-        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_start", "_torch", "binding", "geometry", "grid",
-        "shape",
+        "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream", "_debug", "_device",
+        "_empty", "_extras_key", "_guards_left", "_lengths", "_lse", "_map_words", "_maps", "_memory",
+        "_out", "_params", "_queued", "_start", "_torch", "binding", "emulated", "geometry", "grid", "guard", "shape",
     )  # fmt: skip
 
     def __init__(
@@ -64,9 +64,9 @@ class Plan:
 
         self.binding, self.shape = binding, shape
         self._torch = torch
-        self._emulated, self._debug = binding.emulated, binding.debug
+        self.emulated, self._debug = binding.emulated, binding.debug
         self._device, self._empty = binding.device, binding.empty
-        if self._emulated:
+        if self.emulated:
             self._current_device, self._current_stream = _no_device, _no_stream
         else:  # bound once: each look-up would cost every call
             self._current_device = torch._C._cuda_getDevice
@@ -81,6 +81,9 @@ class Plan:
             strides = (heads * dim, dim, 1)
         lse_strides = (heads * rows, rows, 1) if shape.total_q is None else (rows, 1)
         self._out, self._lse = (out_shape, strides, q.dtype), (lse_shape, lse_strides, torch.float32)
+        self._memory: Memory | None = None
+        self.guard, self._guards_left = tensors.no_guard, GUARDS
+        """A quick look whether tensors have this plan's geometry: see tensors.guard."""
         self._block = block = binding.allocate()
         hopper = isinstance(block, FwdSm90Params)
         self._params = block.tma.fwd if hopper else block
@@ -99,7 +102,7 @@ class Plan:
             if tiles and 0 not in q.shape:
                 self._write_maps(ctypes.addressof(block), (q, k, v))
         self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        if not self._emulated:
+        if not self.emulated:
             self._bind()
 
     def for_runs(self, given: tuple[torch.Tensor, ...], lengths: tuple[Any, ...], extras: Extras) -> Plan:
@@ -109,8 +112,13 @@ class Plan:
         self._extras_key = extras.key
         self._lengths = tuple(None if t is None else tensors.geometry(t) for t in lengths)
         self._bare = self._extras_key is None and self._lengths == (None, None, None)  # no optional tensors
-        self._guard, self._guards_left = tensors.no_guard, GUARDS
         return self
+
+    def learn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Has a guard made that knows tensors of this plan's geometry which its present one did not know."""
+        if self._guards_left:
+            self._guards_left -= 1
+            self.guard = tensors.guard(q, k, v)
 
     spec = property(lambda self: self.binding.spec, doc="The kernel that computes this.")
     tile = property(lambda self: self.binding.tile, doc="How it is cut.")
@@ -172,7 +180,7 @@ class Plan:
             p = self._params
             self.grid = self._block.tma.ctas = p.m_blocks * p.batch * p.heads
             self._queued, self._block.queue = False, None
-            if not self._emulated:
+            if not self.emulated:
                 self._bind()
 
     def _write_maps(self, block: int, operands: tuple[torch.Tensor, ...]) -> None:
@@ -216,7 +224,7 @@ class Plan:
         Raises:
             InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
-        guarded = self._guard(q, k, v)
+        guarded = self.guard(q, k, v)
         if not guarded:
             self._compare(q, k, v)
         if out is not None and ((out.shape, out.stride(), out.dtype) != self._out or out.device != q.device):
@@ -241,9 +249,7 @@ class Plan:
         """The geometry of tensors that the guard does not know, and a guard that knows them, where one can be had."""
         if (*tensors.geometry(q), *tensors.geometry(k), *tensors.geometry(v)) != self.geometry:
             self._refuse(q, k, v)
-        if self._guards_left:
-            self._guards_left -= 1
-            self._guard = tensors.guard(q, k, v)
+        self.learn(q, k, v)
 
     def _check_lengths(self, *given: torch.Tensor | None) -> None:
         for name, tensor, planned in zip(
@@ -309,6 +315,7 @@ class Plan:
                 return self.launch(
                     q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse, guarded
                 )  # fmt: skip
+        given = out is not None
         if out is None:
             out = self._empty(*self._out)
         if return_lse and lse is None:
@@ -321,6 +328,10 @@ class Plan:
         if (q_at | k_at | v_at | out_at) & 15:
             for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
                 tensors.check_address(name, tensor)
+        if given:
+            if self._memory is None:
+                self._memory = Memory(q, k, v, out)
+            self._memory.check(q_at, k_at, v_at, out_at)
         if self._debug:  # before the launch, so that the call that crashes is the last line
             print(f"fmha: {self}", file=sys.stderr, flush=True)
         # Not acquire() and try, at half the price: an interrupt between the two would keep it locked.
@@ -348,7 +359,7 @@ class Plan:
             elif self._maps:
                 for slot, address in zip(self._maps, (q_at, k_at, v_at), strict=True):
                     self.binding.replace(slot, address)
-            if self._emulated:
+            if self.emulated:
                 read = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
                 own = self.binding
                 launcher.launch(
