@@ -52,6 +52,16 @@ class KernelNotBuilt(FmhaError):
         self.command = command
 
 
+class ExtendedKernelNotBuilt(KernelNotBuilt, UnsupportedProblem):
+    """No kernel of the catalogue computes the problem; the sources can express one that does, which is built by its
+    name and was not. Attributes as for both."""
+
+    def __init__(self, message: str, *, name: str, command: str) -> None:
+        UnsupportedProblem.__init__(self, message, nearest=name)
+        self.name = name
+        self.command = command
+
+
 class ArtifactError(FmhaError):
     """A cubin, manifest or record on disk is not what it claims to be.
 

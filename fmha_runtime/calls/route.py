@@ -283,20 +283,20 @@ def bind(
                 "from 8 to 256 only. Pad the tensors, or pass fallback='torch', which runs any in plain torch"
             )
         return None
-    try:
-        arch = emulated or arch_of(q.device.index)
-        choice = dispatch.choose(problem(arch, q, shape, opts, extras), tile)
-    except UnsupportedProblem:
-        if fallback == "torch" and tile is None:
-            return None
-        raise
     where = "emulator" if emulated else f"cuda:{q.device.index}"
     if stream is None and not emulated:
         import torch
 
         stream = torch.cuda.current_stream(q.device).cuda_stream
-    forced = None if tile is None else choice.tile
-    kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
+    try:
+        arch = emulated or arch_of(q.device.index)
+        choice = dispatch.choose(problem(arch, q, shape, opts, extras), tile)
+        forced = None if tile is None else choice.tile
+        kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
+    except UnsupportedProblem:
+        if fallback == "torch" and tile is None:
+            return None
+        raise
     return Binding(kernel, choice.spec, choice.tile, opts, shape.page_size)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from .. import config
 from ..device import emulator, loader
 from ..device.loader import Image, Kernel
-from ..errors import BuildError, InputError, KernelNotBuilt
+from ..errors import BuildError, ExtendedKernelNotBuilt, InputError, KernelNotBuilt
 from ..kernels import catalog, manifest, sources, store
 from ..kernels.manifest import KernelRow
 from ..kernels.spec import KernelSpec
@@ -93,6 +93,14 @@ def _built(spec: KernelSpec) -> KernelRow:
         if row is not None:
             return row
     state = store.state(spec)
+    if not catalog.is_core(spec):
+        raise ExtendedKernelNotBuilt(
+            f"no kernel of the catalogue computes this; {spec.name} would and is {state.word}: {state.reason} "
+            "(it is then unverified until `fmha verify` has run it), or set FMHA_BUILD_ON_DEMAND=1, which builds "
+            "missing kernels at their first use. fallback='torch' runs it in plain torch, if that is what you want.",
+            name=spec.name,
+            command=command,
+        )
     raise KernelNotBuilt(
         f"{spec.name} is {state.word}: {state.reason}, or set FMHA_BUILD_ON_DEMAND=1, which builds missing kernels at "
         "their first use",

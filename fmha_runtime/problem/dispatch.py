@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what was asked to the kernel that computes exactly that, with the reason for every row that was passed over.
 
-Selection is exact: a row serves a problem only when it computes the same thing. Asking whether a problem is supported
+Selection is exact: a row serves a problem only when it computes the same thing. Where no row of the catalogue does, an
+extended kernel may (catalog.py), if it was built. Asking whether a problem is supported
 walks the same rows; there is no second, looser test.
 """
 
@@ -82,6 +83,10 @@ class Trace:
             own = catalog.tile(self.chosen)
             text = f"{self.forced} (forced; the catalogue says {own})" if self.forced else str(own)
             lines.append(f"chosen    {self.chosen.name}  tile {text}")
+            if not catalog.is_core(self.chosen):
+                lines.append(
+                    f"          not in the catalogue: `fmha build {self.chosen.name}` builds it, nobody has verified it"
+                )
         lines += [f"rejected  {spec.name}  {reason}" for spec, reason in self.rejected]
         return "\n".join(lines)
 
@@ -232,6 +237,8 @@ def _walk(problem: Problem, sizes: Regime) -> tuple[tuple[KernelSpec, ...], tupl
             rejected.append((spec, reasons))
         else:
             accepted.append(spec)
+    if not accepted:
+        accepted = [spec for spec in _expressed(problem) if catalog.exists(spec)]
     rules = [preference for preference in _PREFERENCES if preference.holds(problem, sizes)]
 
     def ranks(spec: KernelSpec) -> list[bool]:
@@ -246,6 +253,11 @@ def _walk(problem: Problem, sizes: Regime) -> tuple[tuple[KernelSpec, ...], tupl
     # What nearly fitted is worth reading; the hundreds of others are not.
     rejected.sort(key=lambda item: (item[0] not in alike, len(item[1]), _distance(item[0], problem), item[0].name))
     return tuple(accepted), tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])
+
+
+def _expressed(p: Problem) -> list[KernelSpec]:
+    """The kernels that compute exactly a problem, whether or not anybody has them."""
+    return [KernelSpec(p.op, arch, p.dtype, p.head_dim, p.head_dim_v, p.mask, p.score, p.kv) for arch in p.arch.targets]
 
 
 def _distance(spec: KernelSpec, problem: Problem) -> int:

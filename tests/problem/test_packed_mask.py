@@ -258,11 +258,14 @@ def test_dense_and_varlen_masks_are_not_confused():
         fmha.pack_mask(torch.zeros(1, 1, 8, 8), cu_seqlens_q=cu)
 
 
-def test_masks_with_alibi_or_softcap_are_refused_by_name():
-    q, k, v = qkv(1, 8, 8, 4, 2, 64)
-    for options in ({"softcap": 3.0}, {"alibi_slopes": torch.rand(4)}):
-        with pytest.raises(fmha.UnsupportedProblem, match="packed mask"):
-            fmha.attention(q, k, v, mask=torch.zeros(8, 8), device="emulator", **options)
+@pytest.mark.emulator
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])}], ids=str)
+def test_masks_with_alibi_or_softcap(options):
+    q, k, v = qkv(1, 70, 131, 4, 2, 64)
+    mask = random_mask(1, 4, 70, 131)
+    want = reference.attention(q, k, v, mask=mask, **options)
+    for device in (None, "emulator:sm80", "emulator:sm90"):
+        close(*fmha.attention(q, k, v, mask=mask, return_lse=True, device=device, **options), *want)
 
 
 @pytest.mark.parametrize("value", [1.0, -10000.0, torch.finfo(torch.float32).min, float("nan"), float("inf")])
