@@ -284,13 +284,13 @@ def bind(
             )
         return None
     where = "emulator" if emulated else f"cuda:{q.device.index}"
-    if stream is None and not emulated:
-        import torch
-
-        stream = torch.cuda.current_stream(q.device).cuda_stream
     try:
         arch = emulated or arch_of(q.device.index)
         choice = dispatch.choose(problem(arch, q, shape, opts, extras), tile)
+        if stream is None and not emulated:
+            import torch
+
+            stream = torch.cuda.current_stream(q.device).cuda_stream
         forced = None if tile is None else choice.tile
         kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
     except UnsupportedProblem:
