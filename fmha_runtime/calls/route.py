@@ -7,6 +7,7 @@ Plans are kept by geometry and options, so that a warm call is one look-up and o
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from ..device import driver, loader
@@ -33,13 +34,29 @@ BINDINGS = 1024
 """Bindings that are kept, one for each kernel and options."""
 _bindings: dict[Any, Binding] = {}
 
-_recent: dict[Any, Plan] = {}
-"""The plan that options, lengths and optional tensors had last: nearly always, its guard knows q, k and v."""
+ROVERS = 64
+"""Bindings of a thread that have a plan which is aimed at one new geometry after the other."""
+
+_seen: dict[int, None] = {}
+"""Hashes of geometries that were met once. Who comes again while its thread's plan has moved on gets a plan of its own:
+a conversation has new lengths with every token, a training loop a few for ever."""
+
+
+class _Mine(threading.local):
+    """What each thread has for itself, since a plan of others may be aimed elsewhere at any moment."""
+
+    def __init__(self) -> None:
+        self.recent: dict[Any, Plan] = {}
+        """The plan that options, lengths and optional tensors had last: nearly always, its guard knows q, k and v."""
+        self.rovers: dict[Binding, Plan] = {}
+
+
+_mine = _Mine()
 
 
 def _forget() -> None:
     """A forked child may not launch its parent's kernels."""
-    for table in (_plans, _bindings, _recent):
+    for table in (_plans, _bindings, _seen, _mine.recent, _mine.rovers):
         table.clear()
 
 
@@ -94,7 +111,7 @@ def run(
             causal, window, scale, softcap, chunk
         ):
             _check_options(causal, window, scale, softcap, chunk, fallback)
-        plan = _recent.get(asked)
+        plan = _mine.recent.get(asked)
         if (
             plan is not None
             and plan.guard(q, k, v)
@@ -106,7 +123,8 @@ def run(
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
             v.dtype, v.device, asked,
         )  # fmt: skip
-        plan = _plans.get(key)
+        if plan is None or plan.key != key:
+            plan = _plans.get(key)
     except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
         asked = key = plan = None
     given = (q, k, v, cu_q, cu_k, alibi, sinks, table, mask, used, out)
@@ -119,7 +137,7 @@ def run(
     if plan is not None:
         if not plan.guard(q, k, v):
             plan.learn(q, k, v)
-        _keep(_recent, BINDINGS, asked, plan)
+        _keep(_mine.recent, BINDINGS, asked, plan)
     else:
         if key is None and any(map(arrays.foreign, given)):
             return arrays.call(run, {
@@ -132,12 +150,12 @@ def run(
         options = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": chunk
         }  # fmt: skip
-        made = make_plan(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
-        if made is None:
+        shape, binding = _bound(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
+        if binding is None:
             return _in_torch(q, k, v, lengths, options, extras, out, return_lse, fallback)
-        plan = made
+        plan = _aimed(binding, key, shape, q, k, v, out, extras)
         if key is not None:
-            _keep(_plans, PLANS, key, plan)
+            _keep(_mine.recent, BINDINGS, asked, plan)
     if plan.emulated:
         values.check(plan.shape, cu_q, cu_k, used, table, k.shape[0], k.shape[0])
     return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream, extras)
@@ -239,6 +257,39 @@ def make_plan(
     Raises:
         the errors of ``api.attention``.
     """
+    shape, binding = _bound(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
+    return None if binding is None else Plan(binding, shape, q, k, v, out, extras)
+
+
+def _aimed(
+    binding: Binding, key: Any, shape: arguments.Shape, q: Any, k: Any, v: Any, out: Any, extras: Extras
+) -> Plan:  # fmt: skip
+    """A plan for a geometry that has none: the thread's rover, or one of its own where the geometry was met before."""
+    if key is None:
+        return Plan(binding, shape, q, k, v, out, extras)
+    met = hash(key)
+    if met in _seen:
+        plan = Plan(binding, shape, q, k, v, out, extras)
+        _keep(_plans, PLANS, key, plan)
+    else:
+        _keep(_seen, PLANS, met, None)
+        rover = _mine.rovers.get(binding)
+        if rover is None:
+            plan = Plan(binding, shape, q, k, v, out, extras)
+            _keep(_mine.rovers, ROVERS, binding, plan)
+        else:
+            plan = rover
+            plan.key = None  # until all of it is aimed
+            plan.aim(shape, q, k, v, out, extras)
+    plan.key = key
+    return plan
+
+
+def _bound(
+    q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, device: Any, stream: Any,
+    fallback: Any, tile: str | None,
+) -> tuple[arguments.Shape, Binding | None]:  # fmt: skip
+    """The checked sizes of a call and its binding, None when plain torch is to run it. Errors as for ``make_plan``."""
     shape = checked(q, k, v, lengths, extras, out)
     key: Any = (
         q.dtype, q.device, shape.head_dim, shape.head_dim_v, shape.page_size, *options.values(), device, fallback, tile,
@@ -251,11 +302,9 @@ def make_plan(
         key = binding = None
     if binding is None:
         binding = bind(q, shape, options, extras, device, stream, fallback, tile)
-        if binding is None:
-            return None
-        if key is not None:
+        if binding is not None and key is not None:
             _keep(_bindings, BINDINGS, key, binding)
-    return Plan(binding, shape, q, k, v, out, extras)
+    return shape, binding
 
 
 def bind(

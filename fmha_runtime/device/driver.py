@@ -243,20 +243,21 @@ class Kernel:
         if result[0]:
             self._refused(result[0])
 
-    def bound(self, grid: int, threads: int, smem: int, params: int) -> Callable[[int], None]:
-        """``launch`` with all but the stream given once: a plan's launches differ in nothing else, and filling one
-        field of a prepared block is cheaper than eleven arguments. Not for two threads at once.
+    def bound(self, threads: int, smem: int, params: int) -> Callable[[int, int], None]:
+        """``launch`` with all but grid and stream given once: filling two fields of a prepared block is cheaper than
+        eleven arguments. Not for two threads at once.
 
         Args:
-            grid, threads, smem, params: of ``launch``.
+            threads, smem, params: of ``launch``.
 
         Returns:
-            a function of the stream's handle that enqueues the kernel; its errors are those of ``launch``.
+            a function of (grid, the stream's handle) that enqueues the kernel; its errors are those of ``launch``.
         """
-        config = _LaunchConfig((grid, 1, 1), (threads, 1, 1), smem)
+        config = _LaunchConfig(1, 1, 1, (threads, 1, 1), smem)
         enqueue, function, block = _launch_ex(), int(self._function), ctypes.addressof(config)
 
-        def start(stream: int) -> None:
+        def start(grid: int, stream: int) -> None:
+            config.grid = grid
             config.stream = stream
             status = enqueue(block, function, params, None)
             if status:
@@ -274,7 +275,9 @@ class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h, without attributes."""
 
     _fields_ = [
-        ("grid", ctypes.c_uint * 3),
+        ("grid", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
         ("block", ctypes.c_uint * 3),
         ("smem", ctypes.c_uint),
         ("stream", ctypes.c_void_p),

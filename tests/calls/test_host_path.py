@@ -18,7 +18,6 @@ from helpers.profiling import calls_of  # noqa: E402
 from helpers.stub_device import QUEUE, STREAM, StubDevice  # noqa: E402
 
 import fmha_runtime as fmha  # noqa: E402
-from fmha_runtime.calls import route  # noqa: E402
 from fmha_runtime.device import driver, tensor_map  # noqa: E402
 from fmha_runtime.errors import DriverError  # noqa: E402
 from fmha_runtime.kernels.forward import params  # noqa: E402
@@ -368,8 +367,8 @@ def test_the_tool_that_measures_new_lengths_runs_every_form(stub, monkeypatch):
     }
     for name, maker in makers.items():
         if name.startswith("attention"):
-            before, bindings = len(stub.launches), len(route._plans)
+            before = len(stub.launches)
             row = tool._times(torch, maker, 20)
-            assert len(stub.launches) - before == 5 + 2 * 20 and len(route._plans) - bindings == 25
+            assert len(stub.launches) - before == 5 + 2 * 20
             assert 0 < row["median_us"] <= row["p99_us"]
     assert "attention, dense" in "\n".join(tool.lines({"attention, dense": row}))

@@ -84,7 +84,8 @@ def test_a_new_geometry_launches_what_a_fresh_process_would(stub, monkeypatch):
         with monkeypatch.context() as fresh:
             fresh.setattr(route, "_plans", {})
             fresh.setattr(route, "_bindings", {})
-            fresh.setattr(route, "_recent", {})
+            fresh.setattr(route, "_seen", {})
+            fresh.setattr(route, "_mine", route._Mine())
             assert launched(stub, call)[0] == got
     assert stub.bindings - 300 < 60, "kernels are bound by options, not by lengths"
 
@@ -111,20 +112,41 @@ def test_a_new_geometry_stays_short(monkeypatch):
     assert calls_of(lambda: fmha.attention(*given)) <= 140
 
 
-def test_old_plans_make_room_one_by_one_and_memory_stays(monkeypatch):
+def test_lengths_that_come_once_take_no_memory(monkeypatch):
     stub = StubDevice(monkeypatch)
-    monkeypatch.setattr(route, "PLANS", 500)
     q = POOL[8]
     tracemalloc.start()
     try:
         for n in range(1, 900):
             fmha.attention(q[:, : 1 + n % 7], q[:, :n], q[:, :n])
             stub.launches.clear(), stub.encoded.clear()
-            assert len(route._plans) == min(n, 500), "one goes where one comes"
-        used = tracemalloc.get_traced_memory()[0]
+            if n == 100:
+                used = tracemalloc.get_traced_memory()[0]
+        grown = tracemalloc.get_traced_memory()[0] - used
     finally:
         tracemalloc.stop()
-    assert used / 500 * 4096 < 50 << 20, "4096 plans take less than 50 MB"
+    assert not route._plans and len(route._mine.rovers) == 1 and grown < 1 << 18
+
+
+def test_lengths_that_come_back_get_plans_of_their_own_and_old_ones_make_room(monkeypatch):
+    StubDevice(monkeypatch)
+    monkeypatch.setattr(route, "PLANS", 50)
+    q = POOL[8]
+
+    def call(n):
+        fmha.attention(q[:, :5], q[:, :n], q[:, :n])
+
+    call(20), call(20), call(20)
+    assert not route._plans, "one geometry again and again, as the layers of a model have it"
+    for n in range(30, 60):
+        call(n), call(20)
+    assert len(route._plans) == 1, "only 20 came back"
+    for n in range(30, 60):
+        call(n)
+    assert len(route._plans) == 31
+    for n in range(100, 200):
+        call(n), call(n + 1000 - 200), call(n)
+    assert len(route._plans) == 50, "one goes where one comes"
 
 
 WATCHED = """

@@ -58,9 +58,9 @@ def test_a_bound_launch_fills_the_drivers_struct(monkeypatch):
     queue = Queue()
     monkeypatch.setattr(driver, "_api", lambda: api)
     monkeypatch.setattr(driver, "_launch_ex", lambda: queue)
-    start = driver.Kernel("k", 0, None, api.CUfunction(0x5000), 0).bound(7, 384, 1000, 0x6000)
+    start = driver.Kernel("k", 0, None, api.CUfunction(0x5000), 0).bound(384, 1000, 0x6000)
     for stream in (0x51, 0):
-        start(stream)
+        start(7, stream)
         want = api.CUlaunchConfig()
         want.gridDimX, want.gridDimY, want.gridDimZ = 7, 1, 1
         want.blockDimX, want.blockDimY, want.blockDimZ = 384, 1, 1
@@ -77,7 +77,7 @@ def test_a_bound_launch_says_what_the_driver_says(monkeypatch):
     monkeypatch.setattr(driver, "_api", lambda: stub)
     monkeypatch.setattr(driver, "_launch_ex", lambda: Queue(driver.INVALID_CONTEXT))
     with pytest.raises(DriverError, match=r"launch of k failed: CUDA_ERROR_INVALID_CONTEXT \(no context\)") as caught:
-        driver.Kernel("k", 0, None, 0x5000, 0).bound(7, 384, 1000, 0x6000)(0)
+        driver.Kernel("k", 0, None, 0x5000, 0).bound(384, 1000, 0x6000)(7, 0)
     assert caught.value.code == driver.INVALID_CONTEXT
 
 

@@ -26,10 +26,9 @@ class _Kernel:
     def __init__(self, spec, stub):
         self.name, self.device, self._stub, self._block = spec.name, 0, stub, catalog.block(spec)
 
-    def bound(self, grid, threads, smem, argument):
-        fields = {"name": self.name, "grid": grid, "threads": threads, "smem": smem}
-
-        def start(stream):
+    def bound(self, threads, smem, argument):
+        def start(grid, stream):
+            fields = {"name": self.name, "grid": grid, "threads": threads, "smem": smem}
             if self._stub.refusals:
                 raise self._stub.refusals.pop(0)
             at = ctypes.c_void_p.from_address(argument).value
@@ -39,7 +38,7 @@ class _Kernel:
         return start
 
     def launch(self, grid, threads, smem, stream, argument):
-        self.bound(grid, threads, smem, argument)(stream)
+        self.bound(threads, smem, argument)(grid, stream)
 
 
 class StubDevice:
@@ -72,7 +71,8 @@ class StubDevice:
         monkeypatch.setattr(route, "bind", self._bind)
         monkeypatch.setattr(route, "_plans", {})
         monkeypatch.setattr(route, "_bindings", {})
-        monkeypatch.setattr(route, "_recent", {})
+        monkeypatch.setattr(route, "_seen", {})
+        monkeypatch.setattr(route, "_mine", route._Mine())
 
     @contextlib.contextmanager
     def _switch(self, device):

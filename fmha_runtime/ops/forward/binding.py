@@ -100,34 +100,29 @@ class Binding:
         room = ctypes.create_string_buffer(self.block_size + 63)
         return self.block_type.from_buffer(room, -ctypes.addressof(room) % 64)
 
-    def write_maps(self, slots: tuple[int, ...], operands: tuple[torch.Tensor, ...]) -> tuple[ctypes.c_uint64, ...]:
+    def write_maps(self, slots: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Tensor maps of q, k and v at these addresses.
-
-        Returns:
-            the word of each map that is its address; () where this driver hides it.
 
         Raises:
             InputError: the copy engine cannot read such a tensor.
             DriverError: the driver refuses; the calling thread may have no context.
         """
         of_q, of_kv = self.encoders
-        (q_slot, k_slot, v_slot), (q, k, v) = slots, operands
-        of_q.write(q_slot, q, of_q.sizes(q))
+        of_q.write(slots[0], q, of_q.sizes(q))
         sizes = of_kv.sizes(k)
-        of_kv.write(k_slot, k, sizes)
+        of_kv.write(slots[1], k, sizes)
         alike = v.shape == k.shape and v.stride() == k.stride()
-        of_kv.write(v_slot, v, sizes if alike else of_kv.sizes(v))
+        of_kv.write(slots[2], v, sizes if alike else of_kv.sizes(v))
+
+    def address_words(self, slots: tuple[int, ...], addresses: tuple[int, ...]) -> tuple[ctypes.c_uint64, ...]:
+        """The word of each written map that is its address, so that a launch need only store it; () where this driver
+        hides it."""
         if self.place == _UNKNOWN:
-            self.place = tensor_map.address_place(q_slot, self.replace)
+            self.place = tensor_map.address_place(slots[0], self.replace)
         if self.place is None:
             return ()
-        at = 8 * self.place
-        words = (_word(q_slot + at), _word(k_slot + at), _word(v_slot + at))
-        told = words[0].value == q.data_ptr() and words[1].value == k.data_ptr() and words[2].value == v.data_ptr()
-        return words if told else ()
-
-
-_word = ctypes.c_uint64.from_address
+        words = tuple([ctypes.c_uint64.from_address(slot + 8 * self.place) for slot in slots])
+        return words if tuple([word.value for word in words]) == addresses else ()
 
 
 def chunk_reciprocal(chunk: int) -> tuple[int, int]:

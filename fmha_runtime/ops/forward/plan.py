@@ -32,6 +32,8 @@ NO_BACKWARD = (
 )
 
 
+_NOTHING = (0,) * 13
+
 GUARDS = 8
 """How many guards of its geometry a plan makes at most. A guard also tells inference mode and autocast from plain
 calls, so a program that switches between these modes would otherwise pay for a new guard at every switch."""
@@ -46,8 +48,9 @@ class Plan:
     # Look-ups in an object with more than 30 attributes are slow without.
     __slots__ = (
         "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream", "_debug", "_device",
-        "_empty", "_extras_key", "_guards_left", "_lengths", "_lse", "_map_words", "_maps", "_memory",
-        "_out", "_params", "_queued", "_start", "_torch", "binding", "emulated", "geometry", "grid", "guard", "shape",
+        "_empty", "_extras_key", "_guards_left", "_hopper", "_lengths", "_lse", "_mapped", "_memory", "_out", "_params",
+        "_queued", "_slots", "_start", "_torch", "_words", "binding", "emulated", "geometry", "grid", "guard", "key",
+        "shape",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +65,7 @@ class Plan:
     ) -> None:
         import torch
 
-        self.binding, self.shape = binding, shape
+        self.binding = binding
         self._torch = torch
         self.emulated, self._debug = binding.emulated, binding.debug
         self._device, self._empty = binding.device, binding.empty
@@ -71,6 +74,32 @@ class Plan:
         else:  # bound once: each look-up would cost every call
             self._current_device = torch._C._cuda_getDevice
             self._current_stream = torch._C._cuda_getCurrentRawStream
+        self._block = block = binding.allocate()
+        self._hopper = isinstance(block, FwdSm90Params)
+        self._params = block.tma.fwd if self._hopper else block
+        at = ctypes.addressof(block)
+        self._argument = (ctypes.c_void_p * 1)(at)
+        self._slots = (at, at + tensor_map.MAP_BYTES, at + 2 * tensor_map.MAP_BYTES)
+        self._words: tuple[ctypes.c_uint64, ...] | None = None  # not asked for yet
+        self._queued = False
+        self._start: Any = None
+        if not self.emulated:
+            self._start = binding.kernel.bound(binding.tile.threads, binding.smem, ctypes.addressof(self._argument))
+        self.key: Any = None
+        """What the plan cache knows this plan by."""
+        self.aim(shape, q, k, v, out, extras)
+
+    def aim(
+        self,
+        shape: Shape,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor | None = None,
+        extras: Extras = NO_EXTRAS,
+    ) -> None:
+        """Makes this a plan for tensors of another geometry, checked like those before. Only for who alone has it."""
+        own, self.shape = self.binding, shape
         out_shape, lse_shape = shape.out, shape.lse
         rows, heads, dim = max(1, out_shape[-3]), max(1, shape.heads), max(1, shape.head_dim_v)
         if out is not None:
@@ -80,30 +109,30 @@ class Plan:
         else:
             strides = (heads * dim, dim, 1)
         lse_strides = (heads * rows, rows, 1) if shape.total_q is None else (rows, 1)
-        self._out, self._lse = (out_shape, strides, q.dtype), (lse_shape, lse_strides, torch.float32)
+        self._out, self._lse = (out_shape, strides, q.dtype), (lse_shape, lse_strides, self._torch.float32)
         self._memory: Memory | None = None
         self.guard, self._guards_left = tensors.no_guard, GUARDS
         """A quick look whether tensors have this plan's geometry: see tensors.guard."""
-        self._block = block = binding.allocate()
-        hopper = isinstance(block, FwdSm90Params)
-        self._params = block.tma.fwd if hopper else block
-        m_blocks = -(-shape.seqlen_q // binding.tile.block_m)
+        m_blocks = -(-shape.seqlen_q // own.tile.block_m)
+        grid = m_blocks * shape.batch * shape.heads
+        if grid >= 1 << 31:
+            raise InputError(f"{grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
+        params.write_all_addresses(self._params, 0, *_NOTHING)  # a launch without optional tensors leaves theirs alone
         self._fill(m_blocks, q.stride(), k.stride(), v.stride(), strides, lse_strides, extras)
-        self.grid = m_blocks * shape.batch * shape.heads
-        if self.grid >= 1 << 31:
-            raise InputError(f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
-        self._maps: tuple[int, ...] = ()
-        self._map_words: tuple[ctypes.c_uint64, ...] = ()
-        self._queued = False
-        if hopper:
-            tiles, self.grid = self.grid, min(self.grid, binding.slots)  # CTAs that work through several tiles each
-            block.tma.ctas = self.grid
-            self._queued = self.grid < tiles
-            if tiles and 0 not in q.shape:
-                self._write_maps(ctypes.addressof(block), (q, k, v))
-        self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        if not self.emulated:
-            self._bind()
+        self._mapped = False
+        if self._hopper:
+            self._one_cta_each(grid, min(grid, own.slots))  # CTAs that work through several tiles each
+            if grid and 0 not in q.shape:
+                self._write_maps(q, k, v)
+        else:
+            self.grid = grid
+
+    def _one_cta_each(self, tiles: int, ctas: int) -> None:
+        """The grid of a Hopper kernel; with fewer CTAs than tiles they draw them from a queue."""
+        self.grid = self._block.tma.ctas = ctas
+        if self._queued and ctas == tiles:
+            self._block.queue = None
+        self._queued = ctas < tiles
 
     def for_runs(self, given: tuple[torch.Tensor, ...], lengths: tuple[Any, ...], extras: Extras) -> Plan:
         """Keeps what ``run`` compares: the geometry of q, k, v, of the lengths (cu_seqlens_q, cu_seqlens_k, seqused_k)
@@ -164,10 +193,6 @@ class Plan:
             *own.scales,
         )  # fmt: skip
 
-    def _bind(self) -> None:
-        own = self.binding
-        self._start = own.kernel.bound(self.grid, own.tile.threads, own.smem, ctypes.addressof(self._argument))
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "a Plan belongs to its process and its GPU and cannot be pickled or copied: make it anew with "
@@ -176,28 +201,22 @@ class Plan:
 
     def use_plain_grid(self) -> None:
         """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
-        if isinstance(self._block, FwdSm90Params):
-            p = self._params
-            self.grid = self._block.tma.ctas = p.m_blocks * p.batch * p.heads
-            self._queued, self._block.queue = False, None
-            if not self.emulated:
-                self._bind()
+        if self._hopper:
+            tiles = self._params.m_blocks * self._params.batch * self._params.heads
+            self._one_cta_each(tiles, tiles)
 
-    def _write_maps(self, block: int, operands: tuple[torch.Tensor, ...]) -> None:
+    def _write_maps(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Tensor maps of q, k and v. Where there are no keys, nothing is loaded, but the kernel still prefetches its
         maps: those of q stand in, and no launch touches them again."""
-        _, k, v = operands
-        empty = 0 in k.shape or 0 in v.shape
-        if empty:
-            operands = operands[:1] * 3
-        slots = (block, block + tensor_map.MAP_BYTES, block + 2 * tensor_map.MAP_BYTES)
+        self._mapped = not (0 in k.shape or 0 in v.shape)
+        operands = (q, k, v) if self._mapped else (q, q, q)
         try:
-            words = self.binding.write_maps(slots, operands)
+            self.binding.write_maps(self._slots, *operands)
         except DriverError as error:  # the driver encodes in a context; a new thread has none
             driver.bind_after(error, self._device)
-            words = self.binding.write_maps(slots, operands)
-        if not empty:
-            self._maps, self._map_words = slots, words
+            self.binding.write_maps(self._slots, *operands)
+        if self._words is None and self._mapped:
+            self._words = self.binding.address_words(self._slots, (q.data_ptr(), k.data_ptr(), v.data_ptr()))
 
     def run(
         self,
@@ -353,12 +372,13 @@ class Plan:
                     0 if slopes is None else slopes.data_ptr(), 0 if table is None else table.data_ptr(),
                     0 if mask is None else mask.words.data_ptr(), 0 if mask is None else mask.any.data_ptr(),
                 )  # fmt: skip
-            if self._map_words:
-                q_word, k_word, v_word = self._map_words
-                q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
-            elif self._maps:
-                for slot, address in zip(self._maps, (q_at, k_at, v_at), strict=True):
-                    self.binding.replace(slot, address)
+            if self._mapped:
+                if self._words:
+                    q_word, k_word, v_word = self._words
+                    q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
+                else:
+                    for slot, address in zip(self._slots, (q_at, k_at, v_at), strict=True):
+                        self.binding.replace(slot, address)
             if self.emulated:
                 read = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
                 own = self.binding
@@ -376,7 +396,7 @@ class Plan:
     def _enqueue(self, stream: int) -> None:
         if self._queued:
             self._block.queue = tile_queue.word(self._device, stream)
-        self._start(stream)
+        self._start(self.grid, stream)
 
 
 def _no_device() -> int:
