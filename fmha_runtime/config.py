@@ -36,10 +36,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "FMHA_CACHE_DIR",
         "$XDG_CACHE_HOME/fmha_runtime or ~/.cache/fmha_runtime",
-        "built kernels; created at the first build",
+        "built kernels; created at the first build; nobody else may write to it",
     ),
     Variable("FMHA_COMMIT", "-", "commit that records name, for a copy of the checkout without .git"),
-    Variable("FMHA_CUBIN_DIR", "-", "extra folder of cubins, searched first; may be read-only"),
+    Variable("FMHA_CUBIN_DIR", "-", "extra folder of cubins, searched first; may be read-only; yours or root's"),
     Variable("FMHA_NVCC", "-", "the nvcc to use, before any other that is found"),
     Variable("FMHA_HOST_CXX", "g++", "host C++ compiler, for nvcc and for the emulator"),
     Variable("FMHA_BUILD_JOBS", "min(cores, RAM / 2 GiB)", "compilers that run at once"),

@@ -318,7 +318,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(InputError, match="is not a folder; set FMHA_CACHE_DIR"):
         run("")
-    monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("FMHA_CACHE_DIR", "/proc/fmha_runtime")  # not even by root
     with pytest.raises(BuildError, match="set FMHA_CACHE_DIR to a folder that can be written"):
         run("")
 
