@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -141,8 +142,11 @@ def test_the_rule_of_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert config.cache_dir() == tmp_path / "other" / "fmha_runtime"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without an entry, as containers have
+
+    def nobody(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)  # a user without an entry, as containers have
     result = fmha("cache", "dir")
     assert result.exit_code == USAGE and "set FMHA_CACHE_DIR to a folder" in one_sentence(result)
 
