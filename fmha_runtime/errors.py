@@ -52,19 +52,33 @@ class KernelNotBuilt(FmhaError):
         self.command = command
 
 
+class ExtendedKernelNotBuilt(KernelNotBuilt, UnsupportedProblem):
+    """No kernel of the catalogue computes the problem; the sources can express one that does, which is built by its
+    name and was not. Attributes as for both."""
+
+    def __init__(self, message: str, *, name: str, command: str) -> None:
+        UnsupportedProblem.__init__(self, message, nearest=name)
+        self.name = name
+        self.command = command
+
+
 class ArtifactError(FmhaError):
     """A cubin, manifest or record on disk is not what it claims to be.
 
     Attributes:
         path: the file.
         expected, found: the two values that disagree (both may be None).
+        command: a shell command that helps; empty where there is none but what the message says.
     """
 
-    def __init__(self, message: str, *, path: Any = None, expected: Any = None, found: Any = None) -> None:
+    def __init__(
+        self, message: str, *, path: Any = None, expected: Any = None, found: Any = None, command: str = ""
+    ) -> None:
         super().__init__(message)
         self.path = path
         self.expected = expected
         self.found = found
+        self.command = command
 
 
 class BuildError(FmhaError):

@@ -46,7 +46,7 @@ def fake_nvcc(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def emulator_only_where_it_is_marked(request, monkeypatch):
     """Keeps `make test-fast` fast and honest: a test that runs emulated kernels says so."""
-    if request.node.get_closest_marker("emulator"):
+    if request.node.get_closest_marker("emulator") or request.node.get_closest_marker("gpu"):
         return
 
     def refuse(text, name, include_dirs=None):

@@ -323,7 +323,30 @@ def host_time(root: Path) -> str:
     for call in calls:
         times = (record["host_us"].get(call) for record in records)
         table.append([call, *("-" if x is None else f"{x['median_us']:.1f} ({x['best_us']:.1f})" for x in times)])
-    return _markdown(table)
+    parts = [_markdown(table)]
+    for path, record in found.items():
+        if rows := record.get("new_lengths"):
+            heads = [
+                "us a call with lengths not seen before",
+                "median",
+                "99th percentile",
+                "the same call again",
+                "MB grown",
+            ]
+            cells = [
+                [name, *(f"{row[key]:.1f}" for key in ("median_us", "p99_us", "again_us", "grown_mb"))]
+                for name, row in rows.items()
+            ]
+            parts += [
+                f"{path.stem} ({record['meta']['gpu']}, {record['meta']['date'][:10]}):",
+                _markdown([heads, *cells]),
+            ]
+        if first := record.get("first"):
+            parts.append(
+                f"Import and first call {first['import_and_call_ms']:.0f} ms beside torch's own start; the first call "
+                f"of another kernel, which loads it, {first['kernel_ms']:.1f} ms ({path.stem})."
+            )
+    return "\n\n".join(parts)
 
 
 def accuracy(root: Path) -> str:

@@ -4,8 +4,8 @@
     python tools/host_time.py [--out host_time.json] [--only attention,plan.run] [--profile plan.run]
 
 One process, batch 1, 128 tokens, 8 heads, head dim 128, bf16, inference mode. Each number is the median over batches of
-100 calls, which fit into the launch queue, so that nobody waits for the GPU; batches of all callers take turns. Needs a
-GPU; missing kernels are built.
+100 calls, which fit into the launch queue, so that nobody waits for the GPU; batches of all callers take turns. Then
+calls with lengths not seen before (new_lengths.py). Needs a GPU; missing kernels are built.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import pstats
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,28 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import new_lengths
+
 SHAPE = (1, 128, 8, 128)
 CALLS = 100
 BATCHES = 21
 GOALS = {"attention": 12.0, "plan.run": 8.0}
+
+FIRST = """
+import time, torch
+x = torch.randn(1, 128, 8, 128, dtype=torch.bfloat16, device="cuda")
+y = x[..., :64].contiguous()
+torch.nn.functional.scaled_dot_product_attention(x, x, x)
+torch.cuda.synchronize()
+begin = time.perf_counter()
+import fmha_runtime as fmha
+fmha.attention(x, x, x)
+first = time.perf_counter()
+fmha.attention(y, y, y)
+print(1e3 * (first - begin), 1e3 * (time.perf_counter() - first))
+"""
+"""A fresh process in which torch has used the GPU: milliseconds of import and first call, and of one more kernel."""
 
 Context = Callable[[], AbstractContextManager[Any]]
 Callers = dict[str, tuple[Callable[[], Any], Context]]
@@ -37,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
     parser.add_argument("--only", help="callers, with commas between them")
+    parser.add_argument("--new-lengths", type=int, default=10_000, metavar="N", help="calls with new lengths; 0 = none")
     parser.add_argument("--profile", help="also print cProfile's view of this caller")
     given = parser.parse_args()
     os.environ.setdefault("FMHA_BUILD_ON_DEMAND", "1")
@@ -50,6 +70,7 @@ def main() -> int:
     with torch.inference_mode():
         ready, absent = prepare(callers(torch, "cuda"), given.only)
         times = measure(torch, ready)
+        new = new_lengths.measure(torch, "cuda", given.new_lengths) if given.new_lengths else {}
         if given.profile:
             profile(ready[given.profile])
     rows = {
@@ -60,6 +81,10 @@ def main() -> int:
         print(f"{name:24} {row['median_us']:8.2f} us   best {row['best_us']:8.2f}{goal}")
     for name, reason in absent.items():
         print(f"{name:24} absent: {reason}")
+    if new:
+        print("\n".join(new_lengths.lines(new)))
+    first = first_calls()
+    print("import and first call {import_and_call_ms} ms, first call of another kernel {kernel_ms} ms".format(**first))
     if given.out:
         from fmha_runtime import records
 
@@ -67,9 +92,25 @@ def main() -> int:
             "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": sys.version.split()[0],
             "shape": SHAPE, "date": records.now(), "commit": records.commit(),
         }  # fmt: skip
-        given.out.write_text(json.dumps({"meta": meta, "host_us": rows, "absent": absent}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps({"meta": meta, "host_us": rows, "new_lengths": new, "first": first, "absent": absent}, indent=1)
+            + "\n"
+        )
     missed = [name for name, goal in GOALS.items() if name in rows and rows[name]["median_us"] > goal]
     return 1 if missed else 0
+
+
+def first_calls() -> dict[str, float]:
+    """``FIRST``, the median of five processes each."""
+    runs = [
+        [
+            float(x)
+            for x in subprocess.run([sys.executable, "-c", FIRST], stdout=subprocess.PIPE, check=True).stdout.split()
+        ]
+        for _ in range(5)
+    ]
+    load, kernel = (statistics.median(column) for column in zip(*runs, strict=True))
+    return {"import_and_call_ms": round(load, 1), "kernel_ms": round(kernel, 2)}
 
 
 def callers(torch: Any, device: str) -> Callers:

@@ -36,7 +36,7 @@ from fmha_runtime.errors import FmhaError  # noqa: E402
 from fmha_runtime.kernels import catalog  # noqa: E402
 from fmha_runtime.kernels.spec import KernelSpec, Op  # noqa: E402
 from fmha_runtime.ops import obtain  # noqa: E402
-from fmha_runtime.ops.forward import plan as forward  # noqa: E402
+from fmha_runtime.ops.forward import direct  # noqa: E402
 from fmha_runtime.ops.pack import packer  # noqa: E402
 from fmha_runtime.verify import run as verifier  # noqa: E402
 
@@ -154,7 +154,7 @@ class Counting:
         if self.spec.op is Op.PACK:
             return packer.run(self.kernel, q, k, **options)
         exact = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-        return forward.run(self.kernel, self.spec, *exact, **options)
+        return direct.run(self.kernel, self.spec, *exact, **options)
 
 
 def mutate(tool: str, folder: Path) -> None:

@@ -111,8 +111,8 @@ class BenchRecord:
 
     @classmethod
     def _read(cls, data: dict[str, Any]) -> BenchRecord:
-        cells = tuple(Timing(**item) for item in data["cells"])
-        return cls(dict(data["meta"]), cells, tuple(HostTime(**item) for item in data["host"]))
+        cells = tuple(records.parsed(Timing, item) for item in data["cells"])
+        return cls(dict(data["meta"]), cells, tuple(records.parsed(HostTime, item) for item in data["host"]))
 
     def lines(self) -> list[str]:
         """The table of ``fmha bench``: TFLOP/s, ratio to each peer, losing cells marked."""

@@ -14,6 +14,7 @@ are of q's kind; ``out=`` is written in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ..device import loader
@@ -21,10 +22,10 @@ from ..errors import FmhaError, InputError
 from ..kernels.spec import Arch, Mask
 from ..ops import obtain
 from ..ops.combine import merge
-from ..ops.forward import plan as forward
+from ..ops.forward import direct
 from ..ops.forward.plan import Plan
 from ..ops.pack import packer
-from ..problem import arguments, arrays, dispatch
+from ..problem import arguments, arrays, dispatch, kinds
 from ..problem.arguments import Extras
 from ..problem.dispatch import Problem, Trace
 from ..problem.packed_mask import PackedMask
@@ -201,12 +202,19 @@ def attention_with_kvcache(
     Raises:
         the errors of ``attention``.
     """
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+    if isinstance(cache_seqlens, Integral):
         import torch
 
-        batch = page_table if page_table is not None else k_cache
+        batch, room = k_cache.shape[0], k_cache.shape[1]
+        if page_table is not None:
+            batch, room = page_table.shape[0], page_table.shape[1] * room
+        if isinstance(cache_seqlens, bool) or not 0 <= cache_seqlens <= room:
+            raise InputError(
+                f"cache_seqlens is {cache_seqlens!r}; 0 to {room} keys of each sequence can be in this cache, as an "
+                "int for all or int32 [batch]"
+            )
         device_q = arrays.view("q", q).device
-        cache_seqlens = torch.full((batch.shape[0],), cache_seqlens, dtype=torch.int32, device=device_q)
+        cache_seqlens = torch.full((batch,), int(cache_seqlens), dtype=torch.int32, device=device_q)
     if cache_seqlens is None:
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
     return route.run(
@@ -262,7 +270,7 @@ def plan(
     made = route.make_plan(q, k, v, lengths, options, extras, out, device, None, None, tile)
     if made is None:
         raise InputError("CPU tensors run in plain torch and need no plan: pass device='emulator', or CUDA tensors")
-    return made
+    return made.for_runs((q, k, v), (cu_seqlens_q, cu_seqlens_k, seqused_k), extras)
 
 
 def prepare(problem: Problem, *, device: int = 0) -> None:
@@ -320,7 +328,7 @@ def explain(
     if isinstance(q, Problem):
         return dispatch.trace(q, tile)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, page_table is not None)
-    extras = Extras(alibi_slopes, sinks, page_table, forward.packed(mask, cu_seqlens_q))
+    extras = Extras(alibi_slopes, sinks, page_table, direct.packed(mask, cu_seqlens_q))
     shape = route.checked(q, k, v, lengths, extras)
     opts = arguments.options(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
@@ -364,7 +372,8 @@ def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
     if any(map(arrays.foreign, (*outs, *lses))):
         return arrays.merge(merge_states, outs, lses)
     merge.check(outs, lses)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or route.dispatches(outs[0]):
+    modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if modes or torch._C._functorch.peek_interpreter_stack() is not None or kinds.are_special((*outs, *lses)):
         route.register_torch_ops()
         return torch.ops.fmha.merge(list(outs), list(lses))
     return merge.merge(outs, lses)

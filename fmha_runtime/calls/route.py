@@ -7,6 +7,7 @@ Plans are kept by geometry and options, so that a warm call is one look-up and o
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from ..device import driver, loader
@@ -15,18 +16,60 @@ from ..kernels.spec import Arch
 from ..ops import obtain
 from ..ops.combine.merge import merge
 from ..ops.forward import reference
-from ..ops.forward.plan import Plan
+from ..ops.forward.binding import Binding
+from ..ops.forward.plan import NO_BACKWARD, Plan
 from ..ops.pack import packer
-from ..problem import arguments, arrays, dispatch, tensors
+from ..problem import arguments, arrays, dispatch, kinds, tensors, values
 from ..problem.arguments import NO_EXTRAS, Extras
 from ..problem.dispatch import Problem
+from ..problem.overlap import Memory
 from ..problem.packed_mask import unpack_mask
 from . import torch_ops
 
-_PLAN_LIMIT = 4096
+PLANS = 4096
+"""Plans that are kept, one a geometry; the oldest make room. Making one again costs some microseconds."""
 _plans: dict[Any, Plan] = {}
-# A forked child makes its plans anew: those of its parent hold kernels that it may not launch, and perhaps a lock.
-os.register_at_fork(after_in_child=_plans.clear)
+
+BINDINGS = 1024
+"""Bindings that are kept, one for each kernel and options."""
+_bindings: dict[Any, Binding] = {}
+
+ROVERS = 64
+"""Bindings of a thread that have a plan which is aimed at one new geometry after the other."""
+
+_seen: dict[int, None] = {}
+"""Hashes of geometries that were met once. Who comes again while its thread's plan has moved on gets a plan of its own:
+a conversation has new lengths with every token, a training loop a few for ever."""
+
+
+class _Mine(threading.local):
+    """What each thread has for itself, since a plan of others may be aimed elsewhere at any moment."""
+
+    def __init__(self) -> None:
+        self.recent: dict[Any, Plan] = {}
+        """The plan that options, lengths and optional tensors had last: nearly always, its guard knows q, k and v."""
+        self.rovers: dict[Binding, Plan] = {}
+
+
+_mine = _Mine()
+
+
+def _forget() -> None:
+    """A forked child may not launch its parent's kernels."""
+    for table in (_plans, _bindings, _seen, _mine.recent, _mine.rovers):
+        table.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _keep(table: dict[Any, Any], limit: int, key: Any, value: Any) -> None:
+    if len(table) >= limit:
+        try:
+            table.pop(next(iter(table)), None)
+        except (RuntimeError, StopIteration):  # another thread changed the table at this moment
+            table.clear()
+    table[key] = value
 
 
 def run(
@@ -39,34 +82,64 @@ def run(
     if not traced and (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx and other modes that see operators
-        or (type(q) is not torch.Tensor and dispatches(q))
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp, functionalize
     ):
         return _trace(
             q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap, chunk, alibi, sinks, table, mask, used,
             out, return_lse, device, stream, fallback, cache, tile,
         )  # fmt: skip
-    # The hot path: one dictionary look-up stands for every check that depends on geometry and options. Attributes are
-    # read in line: a function call would cost more than they do.
+    if stream is not None and type(stream) is not int:
+        stream = arguments.stream(stream)
+    # The hot path: one dictionary look-up and a guard stand for every check that depends on geometry and options.
+    # Attributes are read in line: a function call would cost more than they do.
     extras, optional = NO_EXTRAS, None
     if alibi is not None or sinks is not None or table is not None or mask is not None:
         extras = Extras(alibi, sinks, table, None if mask is None else packer.packed(mask, cu_q, stream))
+    asked: Any
     key: Any
     try:
         if extras is not NO_EXTRAS:
             optional = extras.key
+        asked = (
+            causal, window, scale, softcap, chunk, device, max_q, max_k, cache, tile, optional,
+            None if out is None else (type(out), out.shape, out.stride(), out.dtype, out.device),
+            None if used is None else (type(used), used.shape, used.stride(), used.dtype, used.device),
+            None if cu_q is None else (type(cu_q), cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.device),
+            None if cu_k is None else (type(cu_k), cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.device),
+        )  # fmt: skip
+        if (fallback is not None and fallback != "torch") or not arguments.plainly(
+            causal, window, scale, softcap, chunk
+        ):
+            _check_options(causal, window, scale, softcap, chunk, fallback)
+        plan = _mine.recent.get(asked)
+        if (
+            plan is not None
+            and plan.guard(q, k, v)
+            and torch.autograd.forward_ad._current_level < 0
+            and not plan.emulated
+        ):
+            return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream, extras, None, True)
         key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(),
-            v.dtype, v.device, causal, window, scale, softcap, chunk, device, max_q, max_k, cache, tile, optional,
-            None if out is None else (out.shape, out.stride(), out.dtype, out.device),
-            None if used is None else (used.shape, used.stride(), used.dtype, used.device),
-            None if cu_q is None else (cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.device),
-            None if cu_k is None else (cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.device),
+            v.dtype, v.device, asked,
         )  # fmt: skip
-        plan = _plans.get(key)
+        if plan is None or plan.key != key:
+            plan = _plans.get(key)
     except (AttributeError, TypeError):  # no tensors, or a list as window: the slow path says what is wrong
-        key = plan = None
-    if plan is None:
-        if key is None and any(map(arrays.foreign, (q, k, v, cu_q, cu_k, alibi, sinks, table, mask, used, out))):
+        asked = key = plan = None
+    given = (q, k, v, cu_q, cu_k, alibi, sinks, table, mask, used, out)
+    if not traced and kinds.are_special(given):
+        kinds.refuse_tangents(given)
+        return _trace(
+            q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap, chunk, alibi, sinks, table, mask, used,
+            out, return_lse, device, stream, fallback, cache, tile,
+        )  # fmt: skip
+    if plan is not None:
+        if not plan.guard(q, k, v):
+            plan.learn(q, k, v)
+        _keep(_mine.recent, BINDINGS, asked, plan)
+    else:
+        if key is None and any(map(arrays.foreign, given)):
             return arrays.call(run, {
                 "q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k, "max_q": max_q, "max_k": max_k, "causal": causal,
                 "window": window, "scale": scale, "softcap": softcap, "chunk": chunk, "alibi": alibi, "sinks": sinks,
@@ -77,23 +150,22 @@ def run(
         options = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "attention_chunk": chunk
         }  # fmt: skip
-        made = make_plan(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
-        if made is None:
-            return _in_torch(q, k, v, lengths, options, extras, out, return_lse)
-        plan = made
+        shape, binding = _bound(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
+        if binding is None:
+            return _in_torch(q, k, v, lengths, options, extras, out, return_lse, fallback)
+        plan = _aimed(binding, key, shape, q, k, v, out, extras)
         if key is not None:
-            if len(_plans) >= _PLAN_LIMIT:
-                _plans.clear()
-            _plans[key] = plan
+            _keep(_mine.recent, BINDINGS, asked, plan)
+    if plan.emulated:
+        values.check(plan.shape, cu_q, cu_k, used, table, k.shape[0], k.shape[0])
     return plan.launch(q, k, v, out, return_lse, cu_q, cu_k, used, stream, extras)
 
 
-def dispatches(tensor: Any) -> bool:
-    """Whether a tensor of this class sees every operator itself: fake tensors, DTensor and the like."""
-    import torch
-
-    plain = torch.Tensor.__torch_dispatch__
-    return getattr(type(tensor), "__torch_dispatch__", plain) is not plain
+def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, chunk: Any, fallback: Any) -> None:
+    """What a look-up by equality cannot tell from right options: 1 is no True, and True is no number."""
+    arguments.options(causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=chunk)
+    if fallback not in (None, "torch"):
+        raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
 
 
 def _trace(
@@ -185,7 +257,61 @@ def make_plan(
     Raises:
         the errors of ``api.attention``.
     """
+    shape, binding = _bound(q, k, v, lengths, options, extras, out, device, stream, fallback, tile)
+    return None if binding is None else Plan(binding, shape, q, k, v, out, extras)
+
+
+def _aimed(
+    binding: Binding, key: Any, shape: arguments.Shape, q: Any, k: Any, v: Any, out: Any, extras: Extras
+) -> Plan:  # fmt: skip
+    """A plan for a geometry that has none: the thread's rover, or one of its own where the geometry was met before."""
+    if key is None:
+        return Plan(binding, shape, q, k, v, out, extras)
+    met = hash(key)
+    if met in _seen:
+        plan = Plan(binding, shape, q, k, v, out, extras)
+        _keep(_plans, PLANS, key, plan)
+    else:
+        _keep(_seen, PLANS, met, None)
+        rover = _mine.rovers.get(binding)
+        if rover is None:
+            plan = Plan(binding, shape, q, k, v, out, extras)
+            _keep(_mine.rovers, ROVERS, binding, plan)
+        else:
+            plan = rover
+            plan.key = None  # until all of it is aimed
+            plan.aim(shape, q, k, v, out, extras)
+    plan.key = key
+    return plan
+
+
+def _bound(
+    q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, device: Any, stream: Any,
+    fallback: Any, tile: str | None,
+) -> tuple[arguments.Shape, Binding | None]:  # fmt: skip
+    """The checked sizes of a call and its binding, None when plain torch is to run it. Errors as for ``make_plan``."""
     shape = checked(q, k, v, lengths, extras, out)
+    key: Any = (
+        q.dtype, q.device, shape.head_dim, shape.head_dim_v, shape.page_size, *options.values(), device, fallback, tile,
+        extras.alibi_slopes is None, extras.mask is None,
+        dispatch.regime(shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k),
+    )  # fmt: skip
+    try:
+        binding = _bindings.get(key)
+    except TypeError:  # a list as window
+        key = binding = None
+    if binding is None:
+        binding = bind(q, shape, options, extras, device, stream, fallback, tile)
+        if binding is not None and key is not None:
+            _keep(_bindings, BINDINGS, key, binding)
+    return shape, binding
+
+
+def bind(
+    q: Any, shape: arguments.Shape, options: dict[str, Any], extras: Extras, device: Any, stream: Any, fallback: Any,
+    tile: str | None,
+) -> Binding | None:  # fmt: skip
+    """The kernel of a checked call, loaded, with its options; None when plain torch is to run it. Errors as above."""
     opts = arguments.options(**options)
     if fallback not in (None, "torch"):
         raise InputError(f"fallback is {fallback!r}; None or 'torch' is needed")
@@ -200,23 +326,27 @@ def make_plan(
     if emulated is None and q.device.type == "cpu":
         if tile is not None:
             raise InputError(f"tile is {tile!r} and CPU tensors run in plain torch: pass device='emulator' as well")
+        if fallback is None and not all(8 <= d <= 256 and d % 8 == 0 for d in (shape.head_dim, shape.head_dim_v)):
+            raise UnsupportedProblem(
+                f"head dims {shape.head_dim} of q and k and {shape.head_dim_v} of v: kernels exist for multiples of 8 "
+                "from 8 to 256 only. Pad the tensors, or pass fallback='torch', which runs any in plain torch"
+            )
         return None
+    where = "emulator" if emulated else f"cuda:{q.device.index}"
     try:
         arch = emulated or arch_of(q.device.index)
         choice = dispatch.choose(problem(arch, q, shape, opts, extras), tile)
+        if stream is None and not emulated:
+            import torch
+
+            stream = torch.cuda.current_stream(q.device).cuda_stream
+        forced = None if tile is None else choice.tile
+        kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
     except UnsupportedProblem:
         if fallback == "torch" and tile is None:
             return None
         raise
-    where = "emulator" if emulated else f"cuda:{q.device.index}"
-    if stream is None and not emulated:
-        import torch
-
-        stream = torch.cuda.current_stream(q.device).cuda_stream
-    forced = None if tile is None else choice.tile
-    kernel = obtain.kernel(choice.spec, device=where, tile=forced, stream=stream or 0)
-    cu_q, cu_k, _, _, used, _ = lengths
-    return Plan(kernel, choice.spec, choice.tile, shape, opts, q, k, v, out, extras, (cu_q, cu_k, used))
+    return Binding(kernel, choice.spec, choice.tile, opts, shape.page_size)
 
 
 def arch_of(index: int) -> Arch:
@@ -254,12 +384,22 @@ def problem(arch: Arch, q: Any, shape: arguments.Shape, opts: arguments.Options,
 
 
 def _in_torch(
-    q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, return_lse: bool
+    q: Any, k: Any, v: Any, lengths: Any, options: dict[str, Any], extras: Extras, out: Any, return_lse: bool,
+    fallback: Any,
 ) -> Any:  # fmt: skip
-    """Plain torch with the same semantics, fp32 inside: CPU tensors, and ``fallback="torch"``."""
+    """Plain torch with the same semantics, fp32 inside: CPU tensors, and ``fallback="torch"``, which also has
+    gradients."""
     import torch
 
     cu_q, cu_k, _, _, used, _ = lengths
+    wanted = torch.is_grad_enabled() and (any(t.requires_grad for t in (q, k, v)) or extras.requires_grad)
+    if fallback is None and wanted:
+        raise UnsupportedProblem(f"{NO_BACKWARD}. fallback='torch' has one")
+    if q.device.type == "cpu":
+        shape = checked(q, k, v, lengths, extras, out)
+        values.check(shape, cu_q, cu_k, used, extras.page_table, k.shape[0], k.shape[0])
+    if out is not None:
+        Memory(q, k, v, out).check(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
     shared: dict[str, Any] = {
         **options, "alibi_slopes": extras.alibi_slopes, "sinks": extras.sinks, "page_table": extras.page_table,
         "seqused_k": used, "compute_dtype": torch.float32,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedProblem
 from ..ops.forward.plan import NO_BACKWARD
+from ..problem import kinds
 from ..problem.packed_mask import PackedMask
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _define(library: torch.library.Library, name: str, schema: str, run: Callabl
         return lse if in_place else (q.new_empty((*q.shape[:-1], v.shape[-1])), lse)
 
     def autograd(*args: Any, **kwargs: Any) -> Any:
+        kinds.refuse_tangents((*args, *kwargs.values()))
         if torch.is_grad_enabled():
             tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
             if any(x.requires_grad for x in tensors):

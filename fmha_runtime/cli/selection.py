@@ -53,7 +53,7 @@ class Selection:
             InputError: nothing is selected; the message has the nearest names.
         """
         tests = self._tests()
-        everything = catalog.enumerate_specs()
+        everything = (*catalog.enumerate_specs(), *self._extended())
         found = tuple(spec for spec in everything if all(test(spec) for test in tests))
         if found:
             return found
@@ -65,8 +65,20 @@ class Selection:
         near = sorted(everything, key=distance)[:3]
         raise InputError(
             f"no kernel of the catalogue is {self}; the nearest are "
-            f"{', '.join(spec.name for spec in near)}: `fmha list` shows all {len(everything)}"
+            f"{', '.join(spec.name for spec in near)}: `fmha list` shows all {len(catalog.enumerate_specs())}"
         )
+
+    def _extended(self) -> list[KernelSpec]:
+        """Kernels outside the catalogue whose whole name was given."""
+        found = []
+        for name in self.names:
+            try:
+                spec = KernelSpec.parse(name)
+            except InputError:  # a pattern
+                continue
+            if catalog.exists(spec) and not catalog.is_core(spec):
+                found.append(spec)
+        return found
 
     def _tests(self) -> list[Callable[[KernelSpec], bool]]:
         tests: list[Callable[[KernelSpec], bool]] = []

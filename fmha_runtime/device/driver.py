@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ..errors import ArtifactError, DriverError, FmhaError
+from . import elf
 
 Buffer = tuple[int, int, bool]
 """(address, bytes, writable) of a tensor that a kernel may touch; only the emulator looks at it."""
@@ -71,9 +71,6 @@ def _api() -> Any:
     return api
 
 
-_ELF = b"\x7fELF"
-_SHT_NOBITS = 8
-
 _forked = False
 
 
@@ -110,7 +107,12 @@ def check(what: str, result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) == 2 else result[1:]
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def call(name: str, *arguments: Any) -> Any:
+    """The values of a driver function, by its name.
+
+    Raises:
+        DriverError: it failed, or this is a forked child.
+    """
     if _forked:
         raise DriverError(
             "this process was forked after CUDA was initialised, which CUDA does not survive: "
@@ -124,13 +126,13 @@ def _device(index: int) -> Any:
     count = device_count()
     if not 0 <= index < count:
         raise DriverError(f"no CUDA device {index}: {count} visible")
-    return _call("cuDeviceGet", index)
+    return call("cuDeviceGet", index)
 
 
 @cache
 def _context(index: int) -> Any:
     """The device's primary context, the one that torch uses; retained for the life of the process."""
-    return _call("cuDevicePrimaryCtxRetain", _device(index))
+    return call("cuDevicePrimaryCtxRetain", _device(index))
 
 
 def device_count() -> int:
@@ -139,7 +141,7 @@ def device_count() -> int:
     Raises:
         DriverError: no driver.
     """
-    return int(_call("cuDeviceGetCount"))
+    return int(call("cuDeviceGetCount"))
 
 
 @cache
@@ -162,7 +164,7 @@ def sm_count(index: int) -> int:
 
 def _attribute(index: int, name: str) -> int:
     key = getattr(_api().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-    return int(_call("cuDeviceGetAttribute", key, _device(index)))
+    return int(call("cuDeviceGetAttribute", key, _device(index)))
 
 
 def device_info(index: int = 0) -> DeviceInfo:
@@ -172,14 +174,14 @@ def device_info(index: int = 0) -> DeviceInfo:
         DriverError: no driver or no such device.
     """
     device = _device(index)
-    name = _call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
+    name = call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
     return DeviceInfo(
         name=name,
         capability=capability(index),
         sm_count=sm_count(index),
         driver_version=_driver_version(),
         l2_bytes=l2_bytes(index),
-        total_memory=int(_call("cuDeviceTotalMem", device)),
+        total_memory=int(call("cuDeviceTotalMem", device)),
     )
 
 
@@ -189,7 +191,7 @@ def _driver_version() -> str:
         with open("/sys/module/nvidia/version") as file:
             return file.read().strip()
     except OSError:
-        version = int(_call("cuDriverGetVersion"))
+        version = int(call("cuDriverGetVersion"))
         return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
@@ -210,7 +212,7 @@ class Kernel:
         """Lets launches ask for this many bytes of dynamic shared memory, if it is more than before."""
         if smem > self.smem:
             attribute = _api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _call("cuFuncSetAttribute", self._function, attribute, smem)
+            call("cuFuncSetAttribute", self._function, attribute, smem)
             self.smem = smem
 
     def launch(
@@ -241,20 +243,21 @@ class Kernel:
         if result[0]:
             self._refused(result[0])
 
-    def bound(self, grid: int, threads: int, smem: int, params: int) -> Callable[[int], None]:
-        """``launch`` with all but the stream given once: a plan's launches differ in nothing else, and filling one
-        field of a prepared block is cheaper than eleven arguments. Not for two threads at once.
+    def bound(self, threads: int, smem: int, params: int) -> Callable[[int, int], None]:
+        """``launch`` with all but grid and stream given once: filling two fields of a prepared block is cheaper than
+        eleven arguments. Not for two threads at once.
 
         Args:
-            grid, threads, smem, params: of ``launch``.
+            threads, smem, params: of ``launch``.
 
         Returns:
-            a function of the stream's handle that enqueues the kernel; its errors are those of ``launch``.
+            a function of (grid, the stream's handle) that enqueues the kernel; its errors are those of ``launch``.
         """
-        config = _LaunchConfig((grid, 1, 1), (threads, 1, 1), smem)
+        config = _LaunchConfig(1, 1, 1, (threads, 1, 1), smem)
         enqueue, function, block = _launch_ex(), int(self._function), ctypes.addressof(config)
 
-        def start(stream: int) -> None:
+        def start(grid: int, stream: int) -> None:
+            config.grid = grid
             config.stream = stream
             status = enqueue(block, function, params, None)
             if status:
@@ -264,7 +267,7 @@ class Kernel:
 
     def _refused(self, status: Any) -> None:
         if _forked:
-            _call("cuDriverGetVersion")  # raises with the remedy
+            call("cuDriverGetVersion")  # raises with the remedy
         check(f"launch of {self.name}", (status,))
 
 
@@ -272,7 +275,9 @@ class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h, without attributes."""
 
     _fields_ = [
-        ("grid", ctypes.c_uint * 3),
+        ("grid", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
         ("block", ctypes.c_uint * 3),
         ("smem", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
@@ -284,7 +289,7 @@ class _LaunchConfig(ctypes.Structure):
 @cache
 def _launch_ex() -> Callable[[int, int, int, None], int]:
     """cuLaunchKernelEx itself; a call releases the GIL, for it waits while the queue of launches is full."""
-    address, _ = _call("cuGetProcAddress", b"cuLaunchKernelEx", 12000, 0)
+    address, _ = call("cuGetProcAddress", b"cuLaunchKernelEx", 12000, 0)
     return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(int(address))
 
 
@@ -311,7 +316,7 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
     found = _kernels.get(key)
     if found is not None and smem <= found.smem:
         return found
-    with _lock, _current(device):
+    with _lock, current(device):
         found = _kernels.get(key)
         if found is not None:  # another thread was here first, or it was loaded for launches with less shared memory
             found.allow(smem)
@@ -322,13 +327,13 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
                 "there. Call fmha_runtime.prepare(...) (or run the call once) before the capture begins."
             )
         api = _api()
-        if image[:4] == _ELF:
-            _check_whole(name, image)
-        text = image if image[:4] == _ELF else image + b"\0"
-        library = _call("cuLibraryLoadData", text, [], [], 0, [], [], 0)
-        kernel = _call("cuLibraryGetKernel", library, name.encode())
+        if image[:4] == elf.MAGIC:
+            elf.check_whole(name, image)
+        text = image if image[:4] == elf.MAGIC else image + b"\0"
+        library = call("cuLibraryLoadData", text, [], [], 0, [], [], 0)
+        kernel = call("cuLibraryGetKernel", library, name.encode())
         if params_size is not None:
-            _, size = _call("cuKernelGetParamInfo", kernel, 0)
+            _, size = call("cuKernelGetParamInfo", kernel, 0)
             if size != params_size:
                 raise ArtifactError(
                     f"{name} takes {size} bytes of parameters, this version fills {params_size}: "
@@ -337,82 +342,15 @@ def load(image: bytes, name: str, device: int, smem: int, params_size: int | Non
                     found=size,
                 )
         attribute = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _call("cuKernelSetAttribute", attribute, smem, kernel, _device(device))
-        function = _call("cuKernelGetFunction", kernel)
-        if device not in _queues:
-            _queues[device] = _allocate_queue_words()
+        call("cuKernelSetAttribute", attribute, smem, kernel, _device(device))
+        function = call("cuKernelGetFunction", kernel)
         return _kernels.setdefault(key, Kernel(name, device, library, function, smem))
-
-
-QUEUE_WORDS = 1 << 14
-"""Counters of a device: one a stream, and one a launch that is captured into a graph."""
-
-_queues: dict[int, Iterator[int]] = {}  # device -> addresses of the words not given out yet
-_stream_words: dict[tuple[int, int], int] = {}
-_PER_THREAD_STREAM = 2
-
-
-def queue_word(device: int, stream: int) -> int | None:
-    """Address of a zeroed word for the tile queue of a launch (tile_queue.cuh), which is zero again when it has run.
-
-    Launches on one stream follow each other and share a word. A captured launch gets one for itself: its graph may run
-    beside other work of the stream that it was captured on.
-
-    Returns:
-        None where no word can be had without a risk: on the per-thread default stream, whose one handle means a stream
-        a thread, and when all are given out. The kernel then deals its tiles out in turn.
-    """
-    word = _stream_words.get((device, stream))
-    if word is not None and not stream_is_capturing(stream):
-        return word
-    if stream == _PER_THREAD_STREAM:
-        return None
-    with _lock:
-        word = next(_queues[device], None)
-        if word is not None and not stream_is_capturing(stream):
-            _stream_words[device, stream] = word
-        return word
-
-
-def _allocate_queue_words() -> Iterator[int]:
-    """Zeroed memory of the current device, kept for the life of the process."""
-    address = int(_call("cuMemAlloc", 4 * QUEUE_WORDS))
-    _call("cuMemsetD32", address, 0, QUEUE_WORDS)
-    _call("cuStreamSynchronize", 0)
-    return iter(range(address, address + 4 * QUEUE_WORDS, 4))
-
-
-def _check_whole(name: str, image: bytes) -> None:
-    """The driver takes a cubin by address and trusts its headers: a truncated one would crash the process.
-
-    Raises:
-        ArtifactError: the ELF headers or a section reach past the end of the image.
-    """
-    size = len(image)
-    try:
-        segments, headers = struct.unpack_from("<QQ", image, 0x20)
-        segment, segment_count, entry, count = struct.unpack_from("<HHHH", image, 0x36)
-        table = headers + entry * count
-        end = max(table, segments + segment * segment_count)
-        for at in range(headers, table, entry):
-            (kind,) = struct.unpack_from("<I", image, at + 4)
-            offset, length = struct.unpack_from("<QQ", image, at + 0x18)
-            end = max(end, offset if kind == _SHT_NOBITS else offset + length)
-    except struct.error:
-        end = size + 1
-    if end > size:
-        raise ArtifactError(
-            f"the cubin of {name} is truncated: it is {size} bytes and its headers reach further; "
-            f"rebuild it with `fmha build --force {name}`",
-            expected=end,
-            found=size,
-        )
 
 
 def registers(kernel: Kernel) -> int:
     """Registers per thread of a loaded kernel, as the driver reports them (after its JIT for PTX)."""
     attribute = _api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS
-    return int(_call("cuFuncGetAttribute", attribute, kernel._function))
+    return int(call("cuFuncGetAttribute", attribute, kernel._function))
 
 
 def stream_is_capturing(stream: int) -> bool:
@@ -425,17 +363,17 @@ def stream_is_capturing(stream: int) -> bool:
     return bool(check("cuStreamIsCapturing", result))
 
 
-class _current:
+class current:
     """Makes a device's primary context current for a while."""
 
     def __init__(self, device: int) -> None:
         self.context = _context(device)
 
     def __enter__(self) -> None:
-        _call("cuCtxPushCurrent", self.context)
+        call("cuCtxPushCurrent", self.context)
 
     def __exit__(self, *_: object) -> None:
-        _call("cuCtxPopCurrent")
+        call("cuCtxPopCurrent")
 
 
 INVALID_CONTEXT = 201
@@ -444,7 +382,7 @@ INVALID_CONTEXT = 201
 
 def bind(device: int) -> None:
     """Makes a device's primary context the calling thread's: a thread that has not touched CUDA has none."""
-    _call("cuCtxSetCurrent", _context(device))
+    call("cuCtxSetCurrent", _context(device))
 
 
 def bind_after(error: DriverError, device: int) -> None:
@@ -458,14 +396,14 @@ def bind_after(error: DriverError, device: int) -> None:
 
 def ensure_context(device: int) -> None:
     """Binds a device's primary context unless the calling thread has a context already, which then stays."""
-    if not int(_call("cuCtxGetCurrent")):
+    if not int(call("cuCtxGetCurrent")):
         bind(device)
 
 
 def synchronize(device: int) -> None:
     """Waits for everything on a device; a kernel's fault surfaces here."""
-    with _current(device):
-        _call("cuCtxSynchronize")
+    with current(device):
+        call("cuCtxSynchronize")
 
 
 def available() -> bool:

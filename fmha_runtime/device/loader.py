@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..kernels import catalog
 from ..kernels.spec import Arch, KernelSpec
 from ..kernels.tile import Tile
-from . import driver, emulator
+from . import driver, emulator, tile_queue
 
 Kernel = Any
 """driver.Kernel or emulator.Kernel: the same interface, no common base needed."""
@@ -50,7 +50,9 @@ def load(image: Image, device: int = 0, stream: int = 0) -> Kernel:
         return emulator.Kernel(image.spec.name, image.content)
     smem = catalog.smem_bytes(image.spec, image.tile)
     size = ctypes.sizeof(catalog.block(image.spec))
-    return driver.load(image.content, image.spec.name, device, smem, size, stream)
+    kernel = driver.load(image.content, image.spec.name, device, smem, size, stream)
+    tile_queue.prepare(device)
+    return kernel
 
 
 def emulated_arch(device: object) -> Arch | None:
@@ -59,9 +61,9 @@ def emulated_arch(device: object) -> Arch | None:
     Raises:
         InputError: an emulator of an unknown arch.
     """
-    if not isinstance(device, str) or not device.startswith("emulator"):
+    if not isinstance(device, str) or device.partition(":")[0] != "emulator":
         return None
-    word = device.removeprefix("emulator").removeprefix(":") or Arch.SM80.value
+    word = device.partition(":")[2] or Arch.SM80.value
     try:
         return Arch(word)
     except ValueError:

@@ -159,19 +159,24 @@ def _check_slot(slot: int) -> None:
 
 
 @cache
-def _driver() -> Any:
+def _library() -> Any:
+    """The driver itself, where the bindings want objects of their own and copies: a map is 128 bytes in a parameter
+    block, and a call with a new length writes three."""
     try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise DriverError(
-            f"cuda-bindings cannot be imported ({error}): pip install 'cuda-bindings>=12.8,<14'"
-        ) from error
-    return driver
+        library = ctypes.CDLL("libcuda.so.1")
+        encode, replace = library.cuTensorMapEncodeTiled, library.cuTensorMapReplaceAddress
+    except (OSError, AttributeError) as error:
+        raise DriverError(f"no CUDA driver for Hopper on this machine ({error})") from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    encode.argtypes = [pointer, number, ctypes.c_uint32, *[pointer] * 5, *[number] * 4]
+    replace.argtypes = [pointer, pointer]
+    return library
 
 
-def _checked(what: str, status: Any) -> None:
-    if int(status) != 0:
-        raise DriverError(f"{what} failed: {status.name}", code=int(status), name=status.name)
+# Numbers of cuda.h (CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapFloatOOBfill).
+_TYPES = {DType.E4M3: 0, DType.FP16: 6, DType.BF16: 9}
+_NO_INTERLEAVE, _L2_256B, _ZEROS = 0, 3, 0
+_ONES = (ctypes.c_uint32 * _MAX_RANK)(*[1] * _MAX_RANK)  # element strides
 
 
 def encode(layout: TensorMapLayout, address: int, slot: int) -> None:
@@ -188,45 +193,71 @@ def encode(layout: TensorMapLayout, address: int, slot: int) -> None:
     """
     check_address(address)
     _check_slot(slot)
-    api = _driver()
-    kind = api.CUtensorMapDataType
-    types = {
-        DType.FP16: kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        DType.BF16: kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        DType.E4M3: kind.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    }
-    try:
-        status, encoded = api.cuTensorMapEncodeTiled(
-            types[layout.dtype],
-            len(layout.dims),
-            address,
-            [api.cuuint64_t(x) for x in layout.dims],
-            [api.cuuint64_t(x) for x in layout.byte_strides],
-            [api.cuuint32_t(x) for x in layout.box],
-            [api.cuuint32_t(1)] * len(layout.dims),
-            api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            api.CUtensorMapSwizzle(int(layout.swizzle)),
-            api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,  # zeros
-        )
-    except RuntimeError as error:  # the bindings find no libcuda
-        raise DriverError(f"no CUDA driver on this machine ({error})") from error
-    _checked("cuTensorMapEncodeTiled", status)
-    words = (ctypes.c_uint64 * 16).from_address(slot)
-    words[:] = [int(word) for word in encoded.opaque]
+    rank = len(layout.dims)
+    dims, strides = (ctypes.c_uint64 * rank)(*layout.dims), (ctypes.c_uint64 * rank)(*layout.byte_strides)
+    box = (ctypes.c_uint32 * rank)(*layout.box)
+    status = _library().cuTensorMapEncodeTiled(
+        slot, _TYPES[layout.dtype], rank, address, dims, strides, box, _ONES, _NO_INTERLEAVE, int(layout.swizzle),
+        _L2_256B, _ZEROS,
+    )  # fmt: skip
+    if status:
+        raise DriverError(f"cuTensorMapEncodeTiled failed: CUresult {status}", code=status)
 
 
-@cache
-def _replace_function() -> Any:
-    """cuTensorMapReplaceAddress itself: a plain call on the slot, where the bindings want an object
-    of their own and two copies."""
-    try:
-        function = ctypes.CDLL("libcuda.so.1").cuTensorMapReplaceAddress
-    except (OSError, AttributeError) as error:
-        raise DriverError(f"no CUDA driver for Hopper on this machine ({error})") from error
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+class Encoder:
+    """Writes the maps of one operand of a kernel. Element type, box and swizzle are given once, so that a tensor of
+    another length costs one call of the driver."""
+
+    __slots__ = ("_box", "_columns", "_dtype", "_encode", "_itemsize", "_rows", "_swizzle", "_type")
+
+    def __init__(self, dtype: DType, box_rows: int, box_columns: int, swizzle: Swizzle, emulated: bool) -> None:
+        self._dtype, self._rows, self._columns, self._swizzle = dtype, box_rows, box_columns, swizzle
+        self._type, self._itemsize = _TYPES[dtype], dtype.itemsize
+        self._box = (ctypes.c_uint32 * 4)(box_columns, box_rows, 1, 1)
+        self._encode = None if emulated else _library().cuTensorMapEncodeTiled
+
+    def sizes(self, tensor: Any) -> Any:
+        """Dimensions and strides of a tensor, [batch, rows, heads, head dim] or [tokens, heads, head dim], as the
+        driver reads them: tensors of equal shape and strides share them."""
+        size = self._itemsize
+        if tensor.ndim == 4:
+            batch, rows, heads, dim = tensor.shape
+            outer, step, next_head, _ = tensor.stride()
+        else:
+            (rows, heads, dim), batch = tensor.shape, 1
+            step, next_head, _ = tensor.stride()
+            outer = 0
+        return _SIZES(
+            dim, rows, heads, batch, step * size if rows > 1 else 0, next_head * size if heads > 1 else 0,
+            outer * size if batch > 1 else 0,
+        )  # fmt: skip
+
+    def write(self, slot: int, tensor: Any, sizes: Any) -> None:
+        """The map of a tensor with these ``sizes``, at a slot aligned to 64.
+
+        Raises:
+            InputError: the copy engine cannot read the tensor.
+            DriverError: the driver refuses; the calling thread may have no context.
+        """
+        if self._encode is None:
+            encode_emulated(self.layout(tensor), tensor.data_ptr(), slot)
+            return
+        at = ctypes.addressof(sizes)
+        status = self._encode(
+            slot, self._type, 4, tensor.data_ptr(), at, at + 32, self._box, _ONES, _NO_INTERLEAVE, self._swizzle,
+            _L2_256B, _ZEROS,
+        )  # fmt: skip
+        if status:
+            check_address(tensor.data_ptr())
+            self.layout(tensor)
+            raise DriverError(f"cuTensorMapEncodeTiled failed: CUresult {status}", code=status)
+
+    def layout(self, tensor: Any) -> TensorMapLayout:
+        """What ``write`` encodes, checked. Raises InputError: the copy engine cannot read the tensor."""
+        return layout(tensor.shape, tensor.stride(), self._dtype, self._rows, self._columns, self._swizzle)
+
+
+_SIZES = ctypes.c_uint64 * 7  # four dimensions, and three strides behind them
 
 
 def replace_address(slot: int, address: int) -> None:
@@ -238,7 +269,7 @@ def replace_address(slot: int, address: int) -> None:
     """
     if address & 15:
         check_address(address)
-    status = _replace_function()(slot, address)
+    status = _library().cuTensorMapReplaceAddress(slot, address)
     if status != 0:
         raise DriverError(f"cuTensorMapReplaceAddress failed: CUresult {status}", code=status)
 
@@ -246,16 +277,16 @@ def replace_address(slot: int, address: int) -> None:
 _PROBES = (0x2AAA_AAAA_AAA0, 0x5555_5555_5550)  # between them every bit of an address, set and clear
 
 
-def address_word(slot: int, replace: Callable[[int, int], None]) -> ctypes.c_uint64 | None:
-    """The word of an encoded map that is the address and nothing else, found by asking: ``replace`` points the map at
-    two addresses, and exactly one word must follow them. Storing to it costs a tenth of a call into the driver.
+def address_place(slot: int, replace: Callable[[int, int], None]) -> int | None:
+    """Which word of an encoded map is the address and nothing else, found by asking: ``replace`` points the map at two
+    addresses, and exactly one word must follow them. Storing to it costs a tenth of a call into the driver.
 
     Args:
         slot: address of a map.
         replace: ``replace_address`` or ``replace_address_emulated``.
 
     Returns:
-        the word, in place; None when this driver keeps the address in another form.
+        the word's index; None when this driver keeps the address in another form.
     """
     words = (ctypes.c_uint64 * 16).from_address(slot)
     before = list(words)
@@ -270,7 +301,7 @@ def address_word(slot: int, replace: Callable[[int, int], None]) -> ctypes.c_uin
         words[:] = before
     places = [i for i, values in enumerate(zip(*seen, strict=True)) if values == _PROBES]
     others = [i for i, values in enumerate(zip(before, *seen, strict=True)) if len(set(values)) > 1 and i not in places]
-    return None if len(places) != 1 or others else ctypes.c_uint64.from_address(slot + 8 * places[0])
+    return None if len(places) != 1 or others else places[0]
 
 
 # --- the emulator ---

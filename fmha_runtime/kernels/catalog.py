@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel there is: the families of all ops as one catalogue."""
+"""Every kernel there is: the families of all ops as one catalogue, in two tiers.
+
+*Core* kernels are enumerated, built by arch, and verified for a release. *Extended* ones are all others that the
+sources can express: nothing lists them, they are built by their name or on demand, and nobody has run them until
+`fmha verify`.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +19,44 @@ from .pack import family as pack
 from .spec import Arch, KernelSpec, Op
 from .tile import Tile
 
+PROVEN_NVCC = "13.0.88"
+"""The version of nvcc that the packaged manifest, the tuning and the verification are of."""
+
 
 class Family(Protocol):
     """What a family's module says about the kernels of its op."""
 
     def specs(self, arch: Arch, /) -> Iterator[KernelSpec]: ...
-    def exists(self, spec: KernelSpec, /) -> bool: ...
+    def is_core(self, spec: KernelSpec, /) -> bool: ...
+    def is_extended(self, spec: KernelSpec, /) -> bool: ...
     def tile(self, spec: KernelSpec, /) -> str: ...
     def smem_bytes(self, spec: KernelSpec, tile: Tile, /) -> int: ...
     def allowed_spill_bytes(self, spec: KernelSpec, /) -> int: ...
     def block(self, spec: KernelSpec, /) -> type[ctypes.Structure]: ...
 
 
+ANY_SPILLS = 1 << 30
+
 FAMILIES: dict[Op, Family] = {Op.FWD: forward, Op.PACK: pack}
 
 
 @cache
 def enumerate_specs(arch: Arch | None = None) -> tuple[KernelSpec, ...]:
-    """The kernels of the catalogue, of one arch or of all, sorted by name."""
+    """The core kernels of one arch or of all, sorted by name."""
     archs = [each for each in Arch if arch is None or each is arch]
     found = [spec for family in FAMILIES.values() for each in archs for spec in family.specs(each)]
     return tuple(sorted(found, key=lambda spec: spec.name))
 
 
+def is_core(spec: KernelSpec) -> bool:
+    """Whether this is one of the enumerated kernels."""
+    return FAMILIES[spec.op].is_core(spec)
+
+
 def exists(spec: KernelSpec) -> bool:
-    """Whether the catalogue has this kernel."""
-    return FAMILIES[spec.op].exists(spec)
+    """Whether there is this kernel, core or extended."""
+    family = FAMILIES[spec.op]
+    return family.is_core(spec) or family.is_extended(spec)
 
 
 def tile(spec: KernelSpec) -> Tile:
@@ -51,7 +68,8 @@ def tile(spec: KernelSpec) -> Tile:
     """
     if not exists(spec):
         raise UnsupportedProblem(
-            f"the catalogue has no kernel {spec.name}; `fmha list` shows the {len(enumerate_specs())} that it has",
+            f"there is no kernel {spec.name}: `fmha list` shows the {len(enumerate_specs())} of the catalogue, and "
+            "head dims that are multiples of 8 up to 256 can be built by name",
             problem=spec,
         )
     chosen = Tile.parse(FAMILIES[spec.op].tile(spec))
@@ -76,10 +94,22 @@ def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
 
 
 def allowed_spill_bytes(spec: KernelSpec) -> int:
-    """Bytes of register spills (stores plus loads) that the build accepts of this kernel."""
+    """Bytes of register spills (stores plus loads) that the build accepts of this kernel; any of an extended one, whose
+    tile nobody tuned."""
+    if not is_core(spec):
+        return ANY_SPILLS
     return FAMILIES[spec.op].allowed_spill_bytes(spec)
 
 
 def block(spec: KernelSpec) -> type[ctypes.Structure]:
     """The struct that a kernel takes by value."""
     return FAMILIES[spec.op].block(spec)
+
+
+def spill_objection(spec: KernelSpec, spill_bytes: int) -> str:
+    """What is too much about a kernel's spills; empty when the build accepts them.
+
+    The numbers are PROVEN_NVCC's. What another version adds is worth a warning: the kernel is right all the same.
+    """
+    allowed = allowed_spill_bytes(spec)
+    return f"{spill_bytes} bytes of spills where {allowed} are allowed" if spill_bytes > allowed else ""

@@ -14,18 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
+from . import files
 from .spec import Arch, KernelSpec, Op
 from .tile import Tile
 
 SCHEMA = 2
 FOLDER = "manifest"
 ROW = "row.json"
+PACKAGE = "package"
+"""``root`` of the rows that this release has: what they say counts (store.contradicts)."""
+ENTRY = re.compile(r"(fmha_\w+)-[0-9a-f]{12}")
+"""The name of a build's folder in a cache: the kernel's, and the key of what was compiled."""
 _OLD = "manifest.json"  # of schema 1: one table for everything
 
 _NUMBERS = ("threads", "smem_bytes", "registers", "spill_bytes", "abi", "params_size", "size")
@@ -39,6 +45,8 @@ class KernelRow:
     Sizes are bytes; ``spill_bytes`` is stores plus loads; ``nvcc`` its version; ``code`` says what was compiled
     (sources.code), ``sha256`` and ``ptx_sha256`` what came out: the cubin, and the PTX on the way to it. ``path`` is
     None when the row's cubin is not there; ``root`` says which of FMHA_CUBIN_DIR, cache and package the row is from.
+    ``text`` (sources.text) is kept in cache entries only: where it is that of the present sources, to the letter, their
+    code need not be worked out.
     """
 
     spec: KernelSpec
@@ -57,9 +65,10 @@ class KernelRow:
     flags: str
     path: Path | None = None
     root: str = ""
+    text: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The row as it is stored: everything but where it lies."""
+        """The row as it is stored: everything but where it lies and ``text``."""
         facts = {name: getattr(self, name) for name in (*_NUMBERS, *_TEXTS)}
         return {"name": self.spec.name, "tile": str(self.tile), **facts}
 
@@ -76,11 +85,12 @@ class KernelRow:
             for name in _NUMBERS:
                 if type(data[name]) is not int or data[name] < 0:
                     raise ValueError(f"{name} is {data[name]!r}, not a count")
-            for name in ("name", "tile", *_TEXTS):
+            data = {"text": "", **data}
+            for name in ("name", "tile", "text", *_TEXTS):
                 if not isinstance(data[name], str):
                     raise ValueError(f"{name} is {data[name]!r}, not text")
             facts = {name: data[name] for name in (*_NUMBERS, *_TEXTS)}
-            return cls(KernelSpec.parse(data["name"]), Tile.parse(data["tile"]), **facts)
+            return cls(KernelSpec.parse(data["name"]), Tile.parse(data["tile"]), **facts, text=data["text"])
         except KeyError as error:
             raise _broken(source, f"a row lacks the field {error}") from None
         except (ValueError, InputError) as error:
@@ -148,10 +158,10 @@ def read_row(root: Path, spec: KernelSpec, label: str = "") -> KernelRow | None:
     begin = text.find(f'\n{{"name": "{spec.name}", '.encode())
     if begin < 0:
         return None
-    line = text[begin + 1 : text.index(b"\n", begin + 1)].rstrip(b",")
+    line = text[begin + 1 :].partition(b"\n")[0].rstrip(b",")
     try:
         row = KernelRow.from_json(json.loads(line), path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"the row of {spec.name} is not JSON ({error})") from None
     return _placed(row, label, f"{root}/{spec.arch.value}/{spec.name}.cubin")
 
@@ -172,7 +182,7 @@ def table_text(rows: Iterable[KernelRow]) -> str:
 
 def row_text(row: KernelRow) -> str:
     """``row.json`` of a cache entry."""
-    return json.dumps({"schema": SCHEMA, **row.to_json()}, indent=1) + "\n"
+    return json.dumps({"schema": SCHEMA, **row.to_json(), "text": row.text}, indent=1) + "\n"
 
 
 def read_entry(folder: Path, label: str = "cache") -> KernelRow:
@@ -199,11 +209,13 @@ def load_image(row: KernelRow) -> bytes:
     """The cubin of a row, its SHA-256 checked.
 
     Raises:
-        ArtifactError: the file is missing, unreadable or not the one that was built.
+        ArtifactError: the file is missing, unreadable, not the one that was built, or for others to write to.
     """
     remedy = f"run `fmha build --force {row.spec.name}`"
     if row.path is None:
         raise ArtifactError(f"the cubin of {row.spec.name} is not there; run `fmha build {row.spec.name}`")
+    if row.root != PACKAGE:  # who can write to the package can write to this file, too
+        files.check_file(row.path)
     try:
         image = row.path.read_bytes()
     except OSError as error:

@@ -6,12 +6,14 @@ Text only; build.py and emulator.py run compilers on it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .. import config
 from ..errors import ArtifactError
@@ -122,6 +124,26 @@ def code(spec: KernelSpec, tile: Tile) -> str:
         ArtifactError: a file is missing, or holds what the hash cannot follow.
     """
     return flattener(_root()).digest(render(spec, tile), leave_out=spec.name)
+
+
+def text(spec: KernelSpec, tile: Tile) -> str:
+    """SHA-256 (hex) of a kernel's unit and of every byte of ``kernel_src/fmha``, comments and all. Quick to tell, where
+    ``code`` takes tens of milliseconds once a process: equal text is equal code.
+    """
+    folder = _root()
+    tree = _tree(_held.get((folder,)) or _stamps((folder,)))
+    return hashlib.sha256(f"{tree}\n{render(spec, tile)}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _tree(stamps: tuple[Any, ...]) -> str:
+    """SHA-256 (hex) of the files that stamps tell of, with their names."""
+    found = hashlib.sha256()
+    for folder, name, _, size in sorted(stamps):
+        path = Path(folder, name)
+        found.update(f"{path.relative_to(_root())} {size}\n".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def emulated_code(spec: KernelSpec, tile: Tile) -> str:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import config
 from ..device import emulator, loader
 from ..device.loader import Image, Kernel
-from ..errors import BuildError, InputError, KernelNotBuilt
+from ..errors import BuildError, ExtendedKernelNotBuilt, InputError, KernelNotBuilt
 from ..kernels import catalog, manifest, sources, store
 from ..kernels.manifest import KernelRow
 from ..kernels.spec import KernelSpec
@@ -22,7 +25,8 @@ from ..toolchain.nvcc import try_nvcc
 def kernel(
     spec: KernelSpec, *, device: str = "cuda:0", via: str = "cubin", tile: Tile | None = None, stream: int = 0
 ) -> Kernel:
-    """A kernel ready to launch: ``image``, loaded.
+    """A kernel ready to launch: ``image``, loaded. What is loaded stays, whatever happens to its file: asking for it
+    again, with other options of a call, touches none.
 
     Args:
         device: "cuda:N", or "emulator".
@@ -31,9 +35,18 @@ def kernel(
     Raises:
         KernelNotBuilt, ArtifactError, DriverError, BuildError, ToolchainError: see ``image`` and loader.load.
     """
-    emulated = loader.emulated_arch(device) is not None
-    index = 0 if emulated else int(device.partition(":")[2] or 0)
-    return loader.load(image(spec, via="emulator" if emulated else via, tile=tile), index, stream)
+    key = (spec, tile, device, via, config.places())
+    found = _loaded.get(key)
+    if found is None:
+        emulated = loader.emulated_arch(device) is not None
+        index = 0 if emulated else int(device.partition(":")[2] or 0)
+        found = loader.load(image(spec, via="emulator" if emulated else via, tile=tile), index, stream)
+        _loaded[key] = found
+    return found
+
+
+_loaded: dict[tuple[Any, ...], Kernel] = {}
+os.register_at_fork(after_in_child=_loaded.clear)  # a child may not launch its parent's kernels
 
 
 def from_source(text: str, name: str, include_dirs: Sequence[Path] | None = None) -> emulator.Kernel:
@@ -77,10 +90,20 @@ def _built(spec: KernelSpec) -> KernelRow:
         (result,) = build.build([spec])
         if result.error is not None:
             raise result.error
+        if result.warning:
+            warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
         row = store.find(spec)
         if row is not None:
             return row
     state = store.state(spec)
+    if not catalog.is_core(spec):
+        raise ExtendedKernelNotBuilt(
+            f"no kernel of the catalogue computes this; {spec.name} would and is {state.word}: {state.reason} "
+            "(it is then unverified until `fmha verify` has run it), or set FMHA_BUILD_ON_DEMAND=1, which builds "
+            "missing kernels at their first use. fallback='torch' runs it in plain torch, if that is what you want.",
+            name=spec.name,
+            command=command,
+        )
     raise KernelNotBuilt(
         f"{spec.name} is {state.word}: {state.reason}, or set FMHA_BUILD_ON_DEMAND=1, which builds missing kernels at "
         "their first use",

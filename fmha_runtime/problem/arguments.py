@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels.forward.params import UNLIMITED
 from ..kernels.spec import KvLayout, Mask, Score
-from . import tensors
+from . import overlap, tensors
 from .packed_mask import PackedMask
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ def options(
     softcap: float = 0.0,
     attention_chunk: int | None = None,
 ) -> Options:
-    """Checks the run-time options of a call.
+    """Checks the run-time options of a call. numpy's scalars are numbers, too.
 
     Raises:
         InputError: a window that is not two bounds, a bound that is negative or absurd, a window that reaches right
             of the diagonal of a causal call, a scale that is not a positive finite number, a softcap that is not a
-            finite number >= 0, or a chunk that is not a positive int.
+            finite number >= 0, either of them beyond what fp32 holds, or a chunk that is not a positive int.
     """
-    if not isinstance(causal, bool):
+    if not _is_bool(causal):
         raise InputError(f"causal is {causal!r}; True or False is needed")
     bounds = (None, None) if window is None else window
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
@@ -74,33 +75,77 @@ def options(
             )
         right = 0
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
+        if not isinstance(scale, Real) or _is_bool(scale):
             raise InputError(f"scale is {scale!r}; a Python float is needed (default 1/sqrt(head_dim))")
+        scale = float(scale)
         if not (math.isfinite(scale) and scale > 0):
             raise InputError(f"scale is {scale}; it must be a positive finite number (default 1/sqrt(head_dim))")
-        scale = float(scale)
-    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 <= softcap < math.inf:
+        if not _SMALLEST <= scale <= _LARGEST:
+            raise InputError(f"scale is {scale}; fp32 takes {_SMALLEST:.3g} to {_LARGEST:.3g}")
+    if not isinstance(softcap, Real) or _is_bool(softcap) or not 0 <= softcap < math.inf:
         raise InputError(f"softcap is {softcap!r}; a finite number >= 0 is needed, 0 = off")
+    softcap = float(softcap)
+    if softcap and not _SMALLEST <= softcap <= _LARGEST:
+        raise InputError(f"softcap is {softcap}; fp32 takes {_SMALLEST:.3g} to {_LARGEST:.3g}, and 0 is off")
+    if softcap and scale is not None and not _SMALLEST <= scale / softcap <= _LARGEST:
+        raise InputError(
+            f"scale / softcap is {scale / softcap:.3g} (scale {scale}, softcap {softcap}); fp32 takes "
+            f"{_SMALLEST:.3g} to {_LARGEST:.3g}"
+        )
     chunk = 0 if attention_chunk is None else attention_chunk
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 0 <= chunk <= tensors.MAX_SEQLEN:
+    if not isinstance(chunk, Integral) or _is_bool(chunk) or not 0 <= chunk <= tensors.MAX_SEQLEN:
         raise InputError(
             f"attention_chunk is {attention_chunk!r}; an int from 1 to {tensors.MAX_SEQLEN} is needed, "
             "None (or 0) = off"
         )
-    return Options(left, right, scale, causal, float(softcap), chunk)
+    return Options(left, right, scale, bool(causal), softcap, int(chunk))
+
+
+_SMALLEST, _LARGEST = 2.0**-120, 2.0**120
+"""Of scale, softcap and their quotient: within fp32, with room for the factor log2(e)."""
+
+
+def plainly(causal: object, window: object, scale: object, softcap: object, chunk: object) -> bool:
+    """Whether options are of the types that ``options`` takes as far as a look-up cannot tell: 1 == True."""
+    if (causal is not False and causal is not True) or scale is True or softcap is True or softcap is False:
+        return False
+    if chunk is True or chunk is False:
+        return False
+    return window is None or not any([x is True or x is False for x in window])  # type: ignore[attr-defined]
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__.startswith("bool"))
 
 
 def _bound(side: str, value: object) -> int:
-    if value is None or value == -1:
+    if value is None or (isinstance(value, Integral) and not _is_bool(value) and value == -1):
         return UNLIMITED
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not isinstance(value, Integral) or _is_bool(value):
         raise InputError(f"the {side} window bound is {value!r}; an int or None is needed")
-    if not 0 <= value <= tensors.MAX_SEQLEN:
+    if not 0 <= int(value) <= tensors.MAX_SEQLEN:
         raise InputError(
             f"the {side} window bound is {value}; it counts visible keys, 0 to {tensors.MAX_SEQLEN}, "
             "and None (or -1) means unlimited"
         )
-    return value
+    return int(value)
+
+
+def stream(value: Any) -> int:
+    """The handle of a stream that is not given as one: of torch's streams and others that carry it.
+
+    Raises:
+        InputError: it is no stream.
+    """
+    for name in ("cuda_stream", "handle", "ptr"):  # torch's, cuda.core's, CuPy's
+        found = getattr(value, name, None)
+        if isinstance(found, Integral) and not _is_bool(found):
+            return int(found)
+    if isinstance(value, Integral) and not _is_bool(value):
+        return int(value)
+    raise InputError(
+        f"stream is {value!r}; the handle of a CUDA stream as an int is needed, or a torch.cuda.Stream; None = current"
+    )
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that would cost a microsecond in every call that has one
@@ -142,8 +187,7 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):  # a dataclass takes five times as long to make, and every new geometry makes one
     """Sizes of a checked call. For varlen, seqlen_q and seqlen_k are the caller's upper bounds."""
 
     batch: int
@@ -215,21 +259,20 @@ def check_call(
     rows = "[tokens" if varlen else "[batch, seq"
     rank_k = 4 if cache else rank
     rows_k = rows if not cache else "[batch, seq" if extras.page_table is None else "[pages, page_size"
-    tensors.check_tensor("q", q, rank, f"{rows}, heads, head_dim]")
-    tensors.check_tensor("k", k, rank_k, f"{rows_k}, heads_k, head_dim]")
-    tensors.check_tensor("v", v, rank_k, f"{rows_k}, heads_k, head_dim_v]")
+    tensors.check_tensor("q", q, rank, rows, "heads, head_dim]")
+    tensors.check_tensor("k", k, rank_k, rows_k, "heads_k, head_dim]")
+    tensors.check_tensor("v", v, rank_k, rows_k, "heads_k, head_dim_v]")
+    device, q_shape, k_shape, v_shape = q.device, q.shape, k.shape, v.shape
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype is not q.dtype:
             raise InputError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: all three must agree")
-        if tensor.device != q.device:
-            raise InputError(
-                f"{name} is on {tensor.device}, q is on {q.device}: all tensors of a call are on one device"
-            )
-    heads, heads_k = q.shape[-2], k.shape[-2]
-    if k.shape[-1] != q.shape[-1]:
-        raise InputError(f"q has head dim {q.shape[-1]}, k has {k.shape[-1]}: they must be equal")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise InputError(f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}: all but the head dim must be equal")
+        if tensor.device != device:
+            raise InputError(f"{name} is on {tensor.device}, q is on {device}: all tensors of a call are on one device")
+    heads, heads_k, head_dim, head_dim_v = q_shape[-2], k_shape[-2], q_shape[-1], v_shape[-1]
+    if k_shape[-1] != head_dim:
+        raise InputError(f"q has head dim {head_dim}, k has {k_shape[-1]}: they must be equal")
+    if k_shape != v_shape and k_shape[:-1] != v_shape[:-1]:
+        raise InputError(f"k has shape {tuple(k_shape)}, v has {tuple(v_shape)}: all but the head dim must be equal")
     if heads_k == 0 or heads % heads_k:
         raise InputError(
             f"{heads} query heads cannot share {heads_k} key/value heads evenly: heads must be a multiple of heads_k"
@@ -243,46 +286,47 @@ def check_call(
                 f"{tuple(cu_seqlens_q.shape) if hasattr(cu_seqlens_q, 'shape') else cu_seqlens_q!r}"
             )
         batch = cu_seqlens_q.shape[0] - 1
-        tensors.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, q.device)
-        total = q.shape[0]
+        tensors.check_index("cu_seqlens_q", cu_seqlens_q, batch + 1, device)
+        total = q_shape[0]
     else:
-        batch = q.shape[0]
-        length_q = _max_seqlen("q's length", q.shape[1])
+        batch = q_shape[0]
+        length_q = _max_seqlen("q's length", q_shape[1])
     page_size = None
     if extras.page_table is not None:
-        page_size = k.shape[1]
-        length_k = _check_pages(extras.page_table, page_size, batch, q.device)
+        page_size = k_shape[1]
+        length_k = _check_pages(extras.page_table, page_size, batch, device)
     elif varlen and not cache:
-        tensors.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, q.device)
+        tensors.check_index("cu_seqlens_k", cu_seqlens_k, batch + 1, device)
         length_k = _max_seqlen("max_seqlen_k", max_seqlen_k)
     else:
-        if k.shape[0] != batch:
-            raise InputError(f"q has batch {batch}, k and v have {k.shape[0]}: they must be equal")
-        length_k = _max_seqlen("k's length", k.shape[1])
+        if k_shape[0] != batch:
+            raise InputError(f"q has batch {batch}, k and v have {k_shape[0]}: they must be equal")
+        length_k = _max_seqlen("k's length", k_shape[1])
     if seqused_k is not None:
-        tensors.check_index("cache_seqlens" if cache else "seqused_k", seqused_k, batch, q.device)
-    dims = (q.shape[-1], v.shape[-1])
-    shape = Shape(batch, heads, heads_k, length_q, length_k, *dims, total, page_size)
-    _check_extras(extras, shape, q.device)
+        tensors.check_index("cache_seqlens" if cache else "seqused_k", seqused_k, batch, device)
+    shape = Shape(batch, heads, heads_k, length_q, length_k, head_dim, head_dim_v, total, page_size)
+    if extras is not NO_EXTRAS:
+        _check_extras(extras, shape, device)
     if out is not None:
-        tensors.check_tensor("out", out, rank, f"{rows}, heads, head_dim_v]")
+        tensors.check_tensor("out", out, rank, rows, "heads, head_dim_v]")
         if tuple(out.shape) != shape.out or out.dtype is not q.dtype or out.device != q.device:
             raise InputError(
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}; this call needs "
                 f"{q.dtype} {shape.out} on {q.device}"
             )
-        if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-            raise InputError("out has a stride of 0: several results would share one place in memory")
+        overlap.check_out(out)
     return shape
 
 
 def _max_seqlen(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= tensors.MAX_SEQLEN:
+    if type(value) is int and 0 <= value <= tensors.MAX_SEQLEN:
+        return value
+    if not isinstance(value, Integral) or _is_bool(value) or not 0 <= int(value) <= tensors.MAX_SEQLEN:
         raise InputError(
             f"{name} is {value!r}; a Python int from 0 to {tensors.MAX_SEQLEN} is needed "
             "(an upper bound is allowed; it is not read from the device)"
         )
-    return value
+    return int(value)
 
 
 def _check_pages(table: Any, page_size: int, batch: int, device: torch.device) -> int:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what was asked to the kernel that computes exactly that, with the reason for every row that was passed over.
 
-Selection is exact: a row serves a problem only when it computes the same thing. Asking whether a problem is supported
+Selection is exact: a row serves a problem only when it computes the same thing. Where no row of the catalogue does, an
+extended kernel may (catalog.py), if it was built. Asking whether a problem is supported
 walks the same rows; there is no second, looser test.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels import catalog, forced_tile
@@ -81,6 +83,10 @@ class Trace:
             own = catalog.tile(self.chosen)
             text = f"{self.forced} (forced; the catalogue says {own})" if self.forced else str(own)
             lines.append(f"chosen    {self.chosen.name}  tile {text}")
+            if not catalog.is_core(self.chosen):
+                lines.append(
+                    f"          not in the catalogue: `fmha build {self.chosen.name}` builds it, nobody has verified it"
+                )
         lines += [f"rejected  {spec.name}  {reason}" for spec, reason in self.rejected]
         return "\n".join(lines)
 
@@ -94,23 +100,33 @@ class Choice:
     trace: Trace
 
 
+class Regime(NamedTuple):
+    """All that the choice between rows which compute the same depends on, of a problem's sizes: calls of one regime
+    take one kernel."""
+
+    short: bool
+    """Up to tiles.SHORT_KEYS keys."""
+    crowd: bool
+    """Up to 64 queries each, 2048 or more batch * heads."""
+
+
+def regime(batch: int, heads: int, seqlen_q: int, seqlen_k: int | None) -> Regime:
+    """The regime of a problem; ``seqlen_k`` None is any number of keys."""
+    return Regime(seqlen_k is not None and seqlen_k <= tiles.SHORT_KEYS, seqlen_q <= 64 and batch * heads >= 2048)
+
+
 @dataclass(frozen=True)
 class _Preference:
     """Between rows that compute the same: where it ``holds``, those that it ``picks`` come before the others."""
 
-    holds: Callable[[Problem], bool]
+    holds: Callable[[Problem, Regime], bool]  # of a problem without its sizes
     picks: Callable[[KernelSpec, Arch], bool]  # a row, for a device of this arch
     why: str  # with {arch}, the target that was chosen
 
 
-def _is_short(p: Problem) -> bool:
-    return p.seqlen_k is not None and p.seqlen_k <= tiles.SHORT_KEYS
-
-
-def _decodes_d64(p: Problem) -> bool:
+def _decodes_d64(p: Problem, sizes: Regime) -> bool:
     plain = p.mask is Mask.BAND and p.score is Score.PLAIN  # as it was measured
-    pages = plain and p.kv is KvLayout.PAGED and (p.head_dim, p.head_dim_v) == (64, 64)
-    return pages and p.seqlen_q <= 64 and p.batch * p.heads >= 2048
+    return sizes.crowd and plain and p.kv is KvLayout.PAGED and (p.head_dim, p.head_dim_v) == (64, 64)
 
 
 _PREFERENCES = (
@@ -124,13 +140,19 @@ _PREFERENCES = (
         "{arch} kernels are faster with pages, head dim 64, up to 64 queries, 2048 or more batch * heads",
     ),
     _Preference(
-        lambda p: True,
+        lambda p, sizes: True,
         lambda spec, arch: spec.arch is arch.targets[0],
         "{arch} kernels come first on this GPU (measured from 512 tokens up)",
     ),
-    _Preference(_is_short, lambda spec, arch: spec.short, f"up to {tiles.SHORT_KEYS} keys its short twin is faster"),
     _Preference(
-        lambda p: not _is_short(p), lambda spec, arch: not spec.short, f"is cut for up to {tiles.SHORT_KEYS} keys"
+        lambda p, sizes: sizes.short,
+        lambda spec, arch: spec.short,
+        f"up to {tiles.SHORT_KEYS} keys its short twin is faster",
+    ),
+    _Preference(
+        lambda p, sizes: not sizes.short,
+        lambda spec, arch: not spec.short,
+        f"is cut for up to {tiles.SHORT_KEYS} keys",
     ),
 )
 """The most important first: the first preference that tells two rows apart decides which of them comes first."""
@@ -170,7 +192,7 @@ def trace(problem: Problem, tile: str | None = None) -> Trace:
     p = problem
     accepted, rejected = _walk(
         Problem(p.arch, p.dtype, p.head_dim, p.head_dim_v, p.op, p.mask, p.score, p.kv),
-        tuple(preference.holds(p) for preference in _PREFERENCES),
+        regime(p.batch, p.heads, p.seqlen_q, p.seqlen_k),
     )
     if not accepted:
         return Trace(problem, None, rejected)
@@ -202,13 +224,10 @@ def _force(found: Trace, accepted: Sequence[KernelSpec], text: str) -> Trace:
 
 
 @lru_cache(maxsize=4096)
-def _walk(
-    problem: Problem, holding: tuple[bool, ...]
-) -> tuple[tuple[KernelSpec, ...], tuple[tuple[KernelSpec, str], ...]]:
+def _walk(problem: Problem, sizes: Regime) -> tuple[tuple[KernelSpec, ...], tuple[tuple[KernelSpec, str], ...]]:
     """The walk itself: the rows that compute a problem, the best first, and why the others are not taken.
 
-    The problem is without lengths, of which ``holding`` says all that rows depend on (which preferences hold): a
-    serving process meets new ones all the time.
+    The problem is without its sizes, of which ``sizes`` says all that counts.
     """
     accepted: list[KernelSpec] = []
     rejected: list[tuple[KernelSpec, list[str]]] = []
@@ -218,7 +237,9 @@ def _walk(
             rejected.append((spec, reasons))
         else:
             accepted.append(spec)
-    rules = [preference for preference, holds in zip(_PREFERENCES, holding, strict=True) if holds]
+    if not accepted:
+        accepted = [spec for spec in _expressed(problem) if catalog.exists(spec)]
+    rules = [preference for preference in _PREFERENCES if preference.holds(problem, sizes)]
 
     def ranks(spec: KernelSpec) -> list[bool]:
         return [not rule.picks(spec, problem.arch) for rule in rules]
@@ -232,6 +253,11 @@ def _walk(
     # What nearly fitted is worth reading; the hundreds of others are not.
     rejected.sort(key=lambda item: (item[0] not in alike, len(item[1]), _distance(item[0], problem), item[0].name))
     return tuple(accepted), tuple((spec, "; ".join(reasons)) for spec, reasons in rejected[:8])
+
+
+def _expressed(p: Problem) -> list[KernelSpec]:
+    """The kernels that compute exactly a problem, whether or not anybody has them."""
+    return [KernelSpec(p.op, arch, p.dtype, p.head_dim, p.head_dim_v, p.mask, p.score, p.kv) for arch in p.arch.targets]
 
 
 def _distance(spec: KernelSpec, problem: Problem) -> int:

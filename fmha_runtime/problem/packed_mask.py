@@ -24,7 +24,8 @@ BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """A mask as kernels read it; ``pack_mask`` (mask_packer.py) makes it. Reusable as long as the mask stays the same.
+    """A mask as kernels read it; ``pack_mask`` (ops/pack/packer.py) makes it. Reusable as long as the mask stays
+    the same.
 
     Attributes:
         words: int32 [B or 1, H or 1, row blocks, column blocks, 128] (varlen: batch is 1).
@@ -39,6 +40,29 @@ class PackedMask:
     rows: int
     cols: int
     sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InputError: built or sliced by hand, so that kernels would read it wrongly.
+        """
+        import torch
+
+        words, some = self.words, self.any
+        if not (isinstance(words, torch.Tensor) and words.ndim == 5):
+            raise InputError(f"words of a PackedMask is {_form(words)}; {_REMEDY}")
+        rows = -(-self.rows // BLOCK) if self.sequences is None else varlen_row_blocks(self.rows, self.sequences)
+        batch, heads = words.shape[:2]
+        wanted = shapes(batch, heads, rows, -(-self.cols // BLOCK))
+        for name, tensor, shape in (("words", words, wanted[0]), ("any", some, wanted[1])):
+            good = isinstance(tensor, torch.Tensor) and tensor.shape == shape and tensor.dtype is torch.int32
+            if not good or not tensor.is_contiguous() or tensor.device != words.device:
+                raise InputError(
+                    f"{name} of a PackedMask is {_form(tensor)}; a contiguous torch.int32 {shape} on {words.device} "
+                    f"goes with {self.rows} rows and {self.cols} columns"
+                    + ("" if self.sequences is None else f" of {self.sequences} sequences")
+                    + f": {_REMEDY}"
+                )
 
     @property
     def batch(self) -> int:
@@ -65,16 +89,26 @@ class PackedMask:
         return f"{kind} mask [{self.batch}, {self.heads}, {self.rows}, {self.cols}] on {self.device}"
 
 
+_REMEDY = "let pack_mask make it, and slice the mask before it is packed"
+
+
+def _form(x: Any) -> str:
+    if not hasattr(x, "shape"):
+        return f"a {type(x).__name__}"
+    contiguous = "" if x.is_contiguous() else ", not contiguous,"
+    return f"{x.dtype} {tuple(x.shape)}{contiguous} on {x.device}"
+
+
 def pack(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedMask:
     """What ``pack_mask`` returns, without a kernel of this library: with numpy on the CPU, with torch's operations on
     other devices, so that verification of an attention kernel does not depend on another kernel.
 
     Raises:
-        InputError: see ``planes``.
+        InputError: see ``planes`` and ``attended``.
     """
     import torch
 
-    bits = planes(torch.as_tensor(mask), cu_seqlens_q is not None) != 0
+    bits = attended(planes(torch.as_tensor(mask), cu_seqlens_q is not None))
     rows, cols = bits.shape[2:]
     sequences = None
     if cu_seqlens_q is not None:
@@ -101,6 +135,34 @@ def planes(mask: torch.Tensor, varlen: bool) -> torch.Tensor:
             "(a varlen mask needs cu_seqlens_q)"
         )
     return mask[(None,) * (4 - mask.ndim)]
+
+
+def attended(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask lets a query see a key, as bool: True and nonzero integers do; of floats, which are added to the
+    scores as in torch's scaled_dot_product_attention, 0 does and -inf does not. Floats on a GPU are waited for.
+
+    Raises:
+        InputError: a float that is neither 0 nor -inf, or floats on a stream that is being captured into a graph.
+    """
+    import torch
+
+    if not mask.dtype.is_floating_point:
+        return mask != 0
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"mask has dtype {mask.dtype}, whose values have to be read, and a CUDA graph is being captured: pass "
+            "mask == 0, or pack it before the capture"
+        )
+    seen = mask == 0
+    other = ~(seen | (mask == -torch.inf))
+    if bool(other.any()):
+        value = mask[other][0].item()
+        raise InputError(
+            f"mask has dtype {mask.dtype} and the value {value:.6g}; floats are added to the scores, as in torch's "
+            "scaled_dot_product_attention, and only 0 (attend) and -inf (hide) can be packed to bits: pass a bool "
+            "mask, True = attend, for example mask > torch.finfo(mask.dtype).min / 2, or mask != 0, as is meant"
+        )
+    return seen
 
 
 def shapes(batch: int, heads: int, row_blocks: int, col_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -134,8 +134,7 @@ class TuneRecord:
         kernels = []
         for item in data["kernels"]:
             item.pop("choice")  # follows from the rest
-            outcomes = tuple(Outcome(**o) for o in item.pop("outcomes"))
-            kernels.append(Tuned(**{**item, "cells": tuple(item["cells"])}, outcomes=outcomes))
+            kernels.append(records.parsed(Tuned, item))
         return cls(dict(data["meta"]), tuple(kernels))
 
     def choices(self) -> dict[str, str]:

@@ -46,7 +46,7 @@ def check(job: Job, send: Send) -> bool:
     import torch
 
     from ..ops import obtain
-    from ..ops.forward import plan as forward
+    from ..ops.forward import direct
     from ..verify import run as verifier
 
     spec = KernelSpec.parse(job.kernel)
@@ -64,7 +64,7 @@ def check(job: Job, send: Send) -> bool:
             kernel = obtain.kernel(spec, device=job.device, tile=tile)
 
             def run(q: Tensor, k: Tensor, v: Tensor, kernel: Any = kernel, tile: Tile = tile, **options: Any) -> Any:
-                return forward.run(kernel, spec, q, k, v, tile=tile, **options)
+                return direct.run(kernel, spec, q, k, v, tile=tile, **options)
 
             report = verifier.verify_kernel(spec, device=job.device, quick=True, runner=run)
         except DriverError as error:

@@ -4,7 +4,7 @@
 The rule: the error against an fp64 reference is at most twice that of an honest low-precision
 implementation, the relative L2 error is that of a good kernel, LSE is within 1e-3, rows that see no
 key are exactly 0 and -inf, nothing outside the output is written, nothing outside the sequences
-matters, a second run gives the same bits. verify_check.py applies it.
+matters, a second run gives the same bits. ops/forward/check.py applies it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...]:
 
 def suite(spec: KernelSpec) -> str:
     """What a kernel is held to, as SHA-256 (hex): its cases and the limits of the checks. Part of a record, so that
-    another case or a looser limit is seen. What a change of the checks themselves means, EDITION of verify_check says.
+    another case or a looser limit is seen. EDITION of forward/check.py says what a change of the checks means.
     """
     limits = verify_pack.limits() if spec.op is Op.PACK else verify_check.limits(spec.dtype)
     text = json.dumps([limits, [asdict(case) for case in cases(spec)]], sort_keys=True)
@@ -284,7 +284,7 @@ def _torch_device(device: str) -> str:
 
 def _launcher(image: Image, device: str) -> Runner:
     from ..device import loader
-    from ..ops.forward import plan as forward
+    from ..ops.forward import direct
 
     kernel = loader.load(image, 0 if _on_emulator(device) else int(device.partition(":")[2] or 0))
     if image.spec.op is Op.PACK:
@@ -293,6 +293,6 @@ def _launcher(image: Image, device: str) -> Runner:
         return partial(packer.run, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return forward.run(kernel, image.spec, q, k, v, **options)
+        return direct.run(kernel, image.spec, q, k, v, **options)
 
     return run

@@ -119,7 +119,7 @@ def test_plan_wants_the_lengths_it_was_made_with():
 def test_debug_prints_a_line_before_each_launch(monkeypatch, capsys):
     monkeypatch.setenv("FMHA_DEBUG", "1")
     q, k, v = qkv(1, 9, 11, 1, 1, 32, seed=7)
-    plan = fmha.plan(q, k, v, causal=True, device="emulator")
+    plan = fmha.plan(q, k, v, causal=True, scale=0.25, device="emulator")  # no call before had this scale
     plan.run(q, k, v)
     line = capsys.readouterr().err
     assert line.startswith("fmha: fmha_fwd_sm80_bf16_d32 tile") and "causal=True" in line
@@ -151,16 +151,22 @@ def test_hopper_kernels_with_sequences_of_different_lengths_on_the_emulator(d, d
     assert (lse - want_lse)[~empty].abs().max() < 1e-3
 
 
-def test_plans_are_cached_by_geometry_and_options():
+def test_a_plan_serves_all_calls_of_a_geometry_and_options(monkeypatch):
     from fmha_runtime.calls import route
+    from fmha_runtime.ops.forward.plan import Plan
 
+    for name, fresh in (("_plans", {}), ("_bindings", {}), ("_seen", {}), ("_mine", route._Mine())):
+        monkeypatch.setattr(route, name, fresh)
+    aims, aim = [], Plan.aim
+    monkeypatch.setattr(Plan, "aim", lambda self, *given: (aims.append(self), aim(self, *given))[1])
     q, k, v = qkv(1, 20, 20, 1, 1, 64)
-    fmha.attention(q, k, v, device="emulator")
-    before = len(route._plans)
-    fmha.attention(q.clone(), k.clone(), v.clone(), device="emulator")
-    assert len(route._plans) == before
+    for _ in range(3):
+        fmha.attention(q.clone(), k.clone(), v.clone(), device="emulator")
+    assert len(aims) == len(route._bindings) == 1
     fmha.attention(q, k, v, causal=True, device="emulator")
-    assert len(route._plans) == before + 1
+    assert len(aims) == len(route._bindings) == 2
+    fmha.attention(q, k[:, :7], v[:, :7], device="emulator")
+    assert len(aims) == 3 and aims[2] is aims[0] and len(route._bindings) == 2, "the first plan was aimed again"
 
 
 def test_cpu_tensors_take_the_reference_with_the_same_semantics():
@@ -208,8 +214,8 @@ def test_every_option_changes_the_result():
 
 
 def test_unsupported_runs_in_torch_only_when_asked():
-    q, k, v = qkv(1, 8, 8, 2, 2, 56)
-    with pytest.raises(fmha.UnsupportedProblem, match="56"):
+    q, k, v = qkv(1, 8, 8, 2, 2, 60)
+    with pytest.raises(fmha.UnsupportedProblem, match="60"):
         fmha.attention(q, k, v, device="emulator")
     out = fmha.attention(q, k, v, device="emulator", fallback="torch")
     assert (out.double() - reference.attention(q, k, v)[0]).abs().max() < 2e-2

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmha_runtime as fmha
-from fmha_runtime.ops.forward import plan as forward
-from fmha_runtime.ops.forward import reference
+from fmha_runtime.ops.forward import binding, reference
 from fmha_runtime.problem import alibi
 
 pytestmark = pytest.mark.emulator
@@ -111,7 +110,7 @@ def test_chunk_reciprocal_is_division():
         *(rng.randrange(1, top) for _ in range(99)),
     ]
     for chunk in chunks:
-        multiplier, shift = forward.chunk_reciprocal(chunk)
+        multiplier, shift = binding.chunk_reciprocal(chunk)
         assert 0 < multiplier < 1 << 31 and 0 <= shift < 32
         edges = [chunk * rng.randrange(1 + top // chunk) + e for e in (-1, 0, 1) for _ in range(20)]
         for p in [0, 1, top, *edges, *(rng.randrange(top) for _ in range(20))]:

@@ -127,7 +127,10 @@ def test_a_head_dim_without_kernels_is_no_question_of_strides(d):
     q, k, v = (half(1, 8, 2, d) for _ in range(3))
     with pytest.raises(fmha.UnsupportedProblem, match=rf"head dim {d},.*Head dims on"):
         fmha.attention(q, k, v, device="emulator")
-    assert torch.equal(fmha.attention(q, k, v, device="emulator", fallback="torch"), fmha.attention(q, k, v))
+    with pytest.raises(fmha.UnsupportedProblem, match=rf"head dims {d} of q and k.*multiples of 8 from 8 to 256"):
+        fmha.attention(q, k, v)  # in plain torch, but one answer everywhere
+    in_torch = fmha.attention(q, k, v, fallback="torch")
+    assert torch.equal(fmha.attention(q, k, v, device="emulator", fallback="torch"), in_torch)
     with pytest.raises(fmha.UnsupportedProblem, match=f"head dim {d}x64"):
         fmha.attention(q, k, half(1, 8, 2, 64), device="emulator")
 

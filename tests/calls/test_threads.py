@@ -33,6 +33,9 @@ def test_first_calls_at_once(monkeypatch, device):
     inputs = [qkv(i % 2) for i in range(8)]
     want = [fmha.attention(*qkv(i), causal=True, device=device) for i in range(2)]
     monkeypatch.setattr(route, "_plans", {})
+    monkeypatch.setattr(route, "_bindings", {})
+    monkeypatch.setattr(route, "_seen", {})
+    monkeypatch.setattr(route, "_mine", route._Mine())
     dispatch._walk.cache_clear()
     results = at_once(lambda i: fmha.attention(*inputs[i], causal=True, device=device), 8)
     assert all(torch.equal(out, want[i % 2]) for i, out in enumerate(results))
@@ -56,9 +59,18 @@ def test_one_plan_for_many_threads(device):
 @pytest.mark.emulator
 def test_a_full_plan_cache_does_not_disturb_other_threads(monkeypatch):
     monkeypatch.setattr(route, "_plans", {})
-    monkeypatch.setattr(route, "_PLAN_LIMIT", 2)
-    want = {sq: fmha.attention(*qkv(1, sq), device="emulator") for sq in range(1, 7)}
-    results = at_once(lambda i: [fmha.attention(*qkv(1, 1 + (i + n) % 6), device="emulator") for n in range(12)], 4)
+    monkeypatch.setattr(route, "_bindings", {})
+    monkeypatch.setattr(route, "_seen", {})
+    monkeypatch.setattr(route, "_mine", route._Mine())
+    monkeypatch.setattr(route, "PLANS", 2)
+    monkeypatch.setattr(route, "BINDINGS", 2)
+
+    def call(sq):
+        return fmha.attention(*qkv(1, sq), scale=sq / 10, device="emulator")
+
+    want = {sq: call(sq) for sq in range(1, 7)}
+    results = at_once(lambda i: [call(1 + (i + n) % 6) for n in range(12)], 4)
+    assert len(route._plans) <= 2 + 4 and len(route._bindings) <= 2 + 4  # each thread may be one ahead
     for i, outs in enumerate(results):
         assert all(torch.equal(out, want[1 + (i + n) % 6]) for n, out in enumerate(outs))
 
@@ -112,7 +124,7 @@ def test_a_forked_child_computes(used, device):
 
 def test_a_child_of_a_busy_parent_computes():
     """Another thread of the parent holds the lock of a plan while the process forks."""
-    busy = "from fmha_runtime.calls import route\n(plan,) = route._plans.values()\nplan._lock.acquire()\n"
+    busy = "from fmha_runtime.calls import route\n(plan,) = route._mine.rovers.values()\nplan.binding.lock.acquire()\n"
     code = FORK.replace("sys.stdout.flush()\npid", busy + "pid", 1)
     call = "fmha.attention(q, q, q, device='emulator')"
     assert child(code.format(before=call, inside=f"print(torch.equal({call}, before))")) == "True\n"
@@ -149,9 +161,9 @@ def test_cuda_is_refused_in_a_child_that_was_forked_after_it_was_initialised():
     inside = """
     kernel = driver.Kernel("some_kernel", 0, None, 0, 0)
     driver._launch_ex = lambda: lambda *_: 3
-    start = kernel.bound(1, 32, 0, 0)
+    start = kernel.bound(32, 0, 0)
     for call in (driver.device_count, lambda: driver.capability(0), lambda: driver.load(b"", "x", 0, 0),
-                 lambda: kernel.launch(1, 32, 0, 0, 0), lambda: start(0)):
+                 lambda: kernel.launch(1, 32, 0, 0, 0), lambda: start(1, 0)):
         try:
             call()
         except fmha.DriverError as error:

@@ -440,10 +440,10 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
 @pytest.mark.emulator
 def test_verify_reports_failure(monkeypatch):
     pytest.importorskip("torch", reason="torch is not installed")
-    from fmha_runtime.ops.forward import plan as forward
+    from fmha_runtime.ops.forward import direct
 
-    run = forward.run
-    monkeypatch.setattr(forward, "run", lambda *args, **options: run(*args, **{**options, "causal": False}))
+    run = direct.run
+    monkeypatch.setattr(direct, "run", lambda *args, **options: run(*args, **{**options, "causal": False}))
     result = fmha("verify", SMALL, "--device", "emulator", "--quick")
     assert result.exit_code == 1
     assert "FAIL" in result.stdout

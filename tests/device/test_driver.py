@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fmha_runtime.device import driver
+from fmha_runtime.device import driver, elf, tile_queue
 from fmha_runtime.errors import ArtifactError, DriverError
 
 
-def elf(sections: list[tuple[int, int, int]]) -> bytes:
+def an_elf(sections: list[tuple[int, int, int]]) -> bytes:
     """A 64-bit ELF image with nothing but section headers (type, offset, size) behind 64 bytes of header."""
     head = bytearray(64)
     head[:4] = b"\x7fELF"
@@ -28,18 +28,18 @@ def elf(sections: list[tuple[int, int, int]]) -> bytes:
 
 
 def test_a_whole_image_passes():
-    image = elf([(1, 0, 64), (8, 64, 1 << 20)])  # a section without bits in the file may be any size
-    driver._check_whole("k", image)
+    image = an_elf([(1, 0, 64), (8, 64, 1 << 20)])  # a section without bits in the file may be any size
+    elf.check_whole("k", image)
 
 
 @pytest.mark.parametrize(
     "image",
-    [elf([(1, 0, 64)])[:-1], elf([(1, 100, 1000)]), b"\x7fELF", elf([(1, 0, 64)])[:40]],
+    [an_elf([(1, 0, 64)])[:-1], an_elf([(1, 100, 1000)]), b"\x7fELF", an_elf([(1, 0, 64)])[:40]],
     ids=["table cut", "section past the end", "magic only", "header cut"],
 )
 def test_truncated_images_are_refused(image):
     with pytest.raises(ArtifactError, match=r"truncated.*fmha build --force k"):
-        driver._check_whole("k", image)
+        elf.check_whole("k", image)
 
 
 class Queue:
@@ -58,9 +58,9 @@ def test_a_bound_launch_fills_the_drivers_struct(monkeypatch):
     queue = Queue()
     monkeypatch.setattr(driver, "_api", lambda: api)
     monkeypatch.setattr(driver, "_launch_ex", lambda: queue)
-    start = driver.Kernel("k", 0, None, api.CUfunction(0x5000), 0).bound(7, 384, 1000, 0x6000)
+    start = driver.Kernel("k", 0, None, api.CUfunction(0x5000), 0).bound(384, 1000, 0x6000)
     for stream in (0x51, 0):
-        start(stream)
+        start(7, stream)
         want = api.CUlaunchConfig()
         want.gridDimX, want.gridDimY, want.gridDimZ = 7, 1, 1
         want.blockDimX, want.blockDimY, want.blockDimZ = 384, 1, 1
@@ -77,7 +77,7 @@ def test_a_bound_launch_says_what_the_driver_says(monkeypatch):
     monkeypatch.setattr(driver, "_api", lambda: stub)
     monkeypatch.setattr(driver, "_launch_ex", lambda: Queue(driver.INVALID_CONTEXT))
     with pytest.raises(DriverError, match=r"launch of k failed: CUDA_ERROR_INVALID_CONTEXT \(no context\)") as caught:
-        driver.Kernel("k", 0, None, 0x5000, 0).bound(7, 384, 1000, 0x6000)(0)
+        driver.Kernel("k", 0, None, 0x5000, 0).bound(384, 1000, 0x6000)(7, 0)
     assert caught.value.code == driver.INVALID_CONTEXT
 
 
@@ -125,43 +125,46 @@ class Memory:
         monkeypatch.setattr(driver, "_launch_ex", lambda: None)
         monkeypatch.setattr(driver, "_api", lambda: stub)
         monkeypatch.setattr(driver, "_device", lambda index: index)
-        monkeypatch.setattr(driver, "_current", lambda device: contextlib.nullcontext())
-        for table in ("_kernels", "_queues", "_stream_words"):
-            monkeypatch.setattr(driver, table, {})
+        monkeypatch.setattr(driver, "current", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(driver, "_kernels", {})
+        for table in ("_queues", "_stream_words"):
+            monkeypatch.setattr(tile_queue, table, {})
 
     def load(self, name="k", stream=0):
-        return driver.load(b".version 8", name, 0, 1000, 320, stream)
+        kernel = driver.load(b".version 8", name, 0, 1000, 320, stream)
+        tile_queue.prepare(0)
+        return kernel
 
 
 def test_a_stream_keeps_its_word_and_each_captured_launch_has_its_own(monkeypatch):
     memory = Memory(monkeypatch)
     memory.load()
-    first, other = driver.queue_word(0, 0x51), driver.queue_word(0, 0x52)
+    first, other = tile_queue.word(0, 0x51), tile_queue.word(0, 0x52)
     assert first != other and first % 4 == other % 4 == 0
-    assert driver.queue_word(0, 0x51) == first  # launches of one stream follow each other
+    assert tile_queue.word(0, 0x51) == first  # launches of one stream follow each other
     memory.capturing = {0x51}
-    captured = [driver.queue_word(0, 0x51) for _ in range(3)]
+    captured = [tile_queue.word(0, 0x51) for _ in range(3)]
     assert len({first, other, *captured}) == 5, "a graph may run beside its stream, and beside another graph"
     memory.capturing = set()
-    assert driver.queue_word(0, 0x51) == first
-    assert driver.queue_word(0, 0x53) not in {first, other, *captured}
+    assert tile_queue.word(0, 0x51) == first
+    assert tile_queue.word(0, 0x53) not in {first, other, *captured}
 
 
 def test_a_word_is_kept_by_none_that_met_its_stream_in_a_capture(monkeypatch):
     memory = Memory(monkeypatch)
     memory.load()
     memory.capturing = {0x60}
-    captured = driver.queue_word(0, 0x60)
+    captured = tile_queue.word(0, 0x60)
     memory.capturing = set()
-    assert driver.queue_word(0, 0x60) != captured
+    assert tile_queue.word(0, 0x60) != captured
 
 
 def test_no_word_where_none_is_safe(monkeypatch):
     memory = Memory(monkeypatch)
-    monkeypatch.setattr(driver, "QUEUE_WORDS", 2)
+    monkeypatch.setattr(tile_queue, "WORDS", 2)
     memory.load()
-    assert driver.queue_word(0, 2) is None, "the per-thread default stream means a stream a thread"
-    words = [driver.queue_word(0, stream) for stream in (10, 11, 12)]
+    assert tile_queue.word(0, 2) is None, "the per-thread default stream means a stream a thread"
+    words = [tile_queue.word(0, stream) for stream in (10, 11, 12)]
     assert words[0] is not None and words[1] is not None and words[2] is None
 
 

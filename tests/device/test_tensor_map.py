@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,3 +177,47 @@ def test_the_parameter_block_of_tma_kernels_is_one_struct_in_python_and_cpp(
     want = [getattr(block, name).offset for name in fields]
     want += [ctypes.sizeof(block), tensor_map.MAP_ALIGN]
     assert [int(x) for x in found.stdout.split()] == want
+
+
+class Strange:
+    """A tensor that no machine here has the memory for."""
+
+    def __init__(self, shape, strides, address=0x1000):
+        self.shape, self.ndim = shape, len(shape)
+        self.stride, self.data_ptr = (lambda: strides), (lambda: address)
+
+
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (Strange((2, 70, 8, 64), (1 << 40, 512, 64, 1)), r"a stride of 2199023255552 bytes.*from 0 to 2\^40 - 16"),
+        (Strange((2, 70, 8, 64), (-512, 512, 64, 1)), "a stride of -1024 bytes"),
+        (Strange((1 << 32, 8, 64), (512, 64, 1)), "has 4294967296 elements"),
+        (Strange((70, 8, 64), (512, 64, 1), 0x1008), "starts at address 0x1008"),
+    ],
+)
+def test_what_the_driver_refuses_is_said_by_name(monkeypatch, slot, tensor, message) -> None:
+    refuses = SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1)
+    monkeypatch.setattr(tensor_map, "_library", lambda: refuses)
+    encoder = tensor_map.Encoder(DType.BF16, 64, 64, Swizzle.B128, emulated=False)
+    with pytest.raises(InputError, match=message):
+        encoder.write(slot, tensor, encoder.sizes(tensor))
+    good = Strange((70, 8, 64), (512, 64, 1))
+    with pytest.raises(DriverError, match="cuTensorMapEncodeTiled failed: CUresult 1"):
+        encoder.write(slot, good, encoder.sizes(good))
+
+
+def test_numbers_of_the_driver_are_those_of_its_header() -> None:
+    api = pytest.importorskip("cuda.bindings.driver")
+    kind = api.CUtensorMapDataType
+    assert {
+        DType.FP16: int(kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
+        DType.BF16: int(kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+        DType.E4M3: int(kind.CU_TENSOR_MAP_DATA_TYPE_UINT8),
+    } == tensor_map._TYPES
+    assert int(api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE) == tensor_map._NO_INTERLEAVE
+    assert int(api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B) == tensor_map._L2_256B
+    assert int(api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == tensor_map._ZEROS
+    assert [
+        int(getattr(api.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{n}")) for n in ("NONE", "32B", "64B", "128B")
+    ] == [*map(int, (Swizzle.NONE, Swizzle.B32, Swizzle.B64, Swizzle.B128))]

@@ -16,7 +16,7 @@ from helpers.mutants import Mutant, assert_caught, assert_the_same_in_every_orde
 
 from fmha_runtime.device import emulator
 from fmha_runtime.kernels.spec import KernelSpec, KvLayout
-from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward import direct
 
 pytestmark = pytest.mark.emulator
 
@@ -92,7 +92,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor, to
         k, v = (torch.cat([x, x[:, :8]], 1).view(13, 16, 1, dim) for x in (k, v))  # 12 pages and a half
         options["page_table"] = torch.arange(13, dtype=torch.int32)[None]
         options["seqused_k"] = torch.tensor([200], dtype=torch.int32)
-    out, lse = forward.run(kernel, spec, q, k, v, causal=True, return_lse=True, **options)
+    out, lse = direct.run(kernel, spec, q, k, v, causal=True, return_lse=True, **options)
     return out, lse
 
 

@@ -14,7 +14,7 @@ from helpers.mutants import Mutant, assert_caught, assert_the_same_in_every_orde
 
 from fmha_runtime.device import emulator
 from fmha_runtime.kernels.spec import KernelSpec
-from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward import direct
 
 pytestmark = pytest.mark.emulator
 
@@ -146,7 +146,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     )
     k[:, 300:] = v[:, 300:] = float("nan")
     used = torch.tensor([300], dtype=torch.int32)
-    out = forward.run(kernel, spec, q, k, v, seqused_k=used)
+    out = direct.run(kernel, spec, q, k, v, seqused_k=used)
     assert isinstance(out, torch.Tensor)
     return (out,)
 

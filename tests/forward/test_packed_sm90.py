@@ -17,8 +17,7 @@ import fmha_runtime as fmha
 from fmha_runtime.device import emulator
 from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
-from fmha_runtime.ops.forward import plan as forward
-from fmha_runtime.ops.forward import reference
+from fmha_runtime.ops.forward import direct, reference
 
 pytestmark = pytest.mark.emulator
 
@@ -235,7 +234,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
     mask[:64, 2048:2100] = False
     mask[64:128, 500:800] = random_mask(64, 300, seed=1)
     mask[:, 4249] = True
-    out = forward.run(kernel, spec, q, k, v, mask=mask)
+    out = direct.run(kernel, spec, q, k, v, mask=mask)
     assert isinstance(out, torch.Tensor)
     return (out,)
 

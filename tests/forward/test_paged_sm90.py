@@ -19,8 +19,7 @@ from fmha_runtime.device.emulator import Order
 from fmha_runtime.kernels.spec import HEAD_DIMS, KernelSpec
 from fmha_runtime.kernels.tile import Tile
 from fmha_runtime.ops import obtain
-from fmha_runtime.ops.forward import plan as forward
-from fmha_runtime.ops.forward import reference
+from fmha_runtime.ops.forward import direct, reference
 from fmha_runtime.problem.arguments import PAGE_SIZES
 
 pytestmark = pytest.mark.emulator
@@ -71,7 +70,7 @@ def test_tiles_that_begin_inside_a_page(keys, page):
     k, v, table, lengths = paged((270, 33), page, 1, 80)
     q = queries(2, 70, 2, 80)
     options = {"seqused_k": lengths, "page_table": table}
-    out = forward.run(obtain.kernel(SPEC, device="emulator", tile=tile), SPEC, q, k, v, tile=tile, **options)
+    out = direct.run(obtain.kernel(SPEC, device="emulator", tile=tile), SPEC, q, k, v, tile=tile, **options)
     ref, _ = reference.attention(q, k, v, **options)
     assert (out.double() - ref).norm() <= REL_L2[q.dtype] * ref.norm()
 
@@ -171,7 +170,7 @@ def outputs(kernel: emulator.Kernel, spec: KernelSpec) -> tuple[torch.Tensor]:
         k, v, table, lengths = paged((70, 333), page, 2, spec.head_dim)
         q = queries(2, 200, 2, spec.head_dim)
         table = table[:, : -(-333 // page)].contiguous()
-        found.append(forward.run(kernel, spec, q, k, v, seqused_k=lengths, page_table=table))
+        found.append(direct.run(kernel, spec, q, k, v, seqused_k=lengths, page_table=table))
     return (torch.cat(found),)
 
 

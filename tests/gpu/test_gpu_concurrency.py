@@ -21,6 +21,7 @@ import fmha_runtime as fmha  # noqa: E402
 from fmha_runtime.calls import route  # noqa: E402
 from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import InputError  # noqa: E402
+from fmha_runtime.ops import obtain  # noqa: E402
 from fmha_runtime.ops.forward import reference  # noqa: E402
 
 ROOT = Path(fmha.__file__).resolve().parent.parent
@@ -52,7 +53,8 @@ def synchronize():
 def forget():
     """As in a fresh process: no plan is made and no kernel is loaded."""
     synchronize()
-    route._plans.clear()
+    route._forget()
+    obtain._loaded.clear()
     driver._kernels.clear()
 
 

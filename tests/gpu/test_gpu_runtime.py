@@ -14,8 +14,7 @@ from fmha_runtime.device import driver  # noqa: E402
 from fmha_runtime.errors import ArtifactError, DriverError, InputError  # noqa: E402
 from fmha_runtime.kernels import catalog, manifest  # noqa: E402
 from fmha_runtime.ops import obtain  # noqa: E402
-from fmha_runtime.ops.forward import plan as forward  # noqa: E402
-from fmha_runtime.ops.forward import reference  # noqa: E402
+from fmha_runtime.ops.forward import direct, reference  # noqa: E402
 from fmha_runtime.problem import dispatch  # noqa: E402
 from fmha_runtime.toolchain import nvcc  # noqa: E402
 
@@ -194,13 +193,13 @@ def test_ptx_of_an_older_arch_runs():
     q, k, v = qkv()
     spec = fmha.KernelSpec.parse("fmha_fwd_sm80_bf16_d64")
     kernel = obtain.kernel(spec, device="cuda:0", via="ptx")
-    out = forward.run(kernel, spec, q, k, v, causal=True)
+    out = direct.run(kernel, spec, q, k, v, causal=True)
     assert error(out, reference.attention(q, k, v, causal=True)[0]) < 3e-3
 
 
 def test_fallback_in_torch_on_the_gpu():
-    q, k, v = qkv(d=56)
-    with pytest.raises(fmha.UnsupportedProblem):
+    q, k, v = qkv(d=60)
+    with pytest.raises(fmha.UnsupportedProblem, match="no kernel computes this"):
         fmha.attention(q, k, v)
     out = fmha.attention(q, k, v, fallback="torch")
     assert error(out, reference.attention(q, k, v)[0]) < 5e-3

@@ -56,7 +56,10 @@ def test_blocks_without_a_bit_are_known():
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16])
 def test_any_dtype_packs_alike(dtype):
     mask = random_mask(2, 3, 5, 70)
-    packed, want = fmha.pack_mask(mask.to(dtype)), fmha.pack_mask(mask)
+    other = mask.to(dtype)
+    if dtype.is_floating_point:  # what SDPA adds to the scores
+        other = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+    packed, want = fmha.pack_mask(other), fmha.pack_mask(mask)
     assert torch.equal(packed.words, want.words) and torch.equal(packed.any, want.any)
     assert torch.equal(fmha.pack_mask(mask.numpy()).words, want.words)
 
@@ -227,10 +230,10 @@ def test_any_mask(sq, sk, seed, causal, share, d):
 
 
 BAD = {
-    "rank": (torch.ones(2, 8, 8), r"\[Sq, Sk\] or \[B or 1, H or 1, Sq, Sk\]"),
-    "rows": (torch.ones(7, 8), "for 8 queries"),
-    "heads": (torch.ones(1, 3, 8, 8), "for batch 2 and 4 heads"),
-    "batch": (torch.ones(3, 1, 8, 8), "for batch 2 and 4 heads"),
+    "rank": (torch.ones(2, 8, 8, dtype=torch.bool), r"\[Sq, Sk\] or \[B or 1, H or 1, Sq, Sk\]"),
+    "rows": (torch.ones(7, 8, dtype=torch.int8), "for 8 queries"),
+    "heads": (torch.zeros(1, 3, 8, 8), "for batch 2 and 4 heads"),
+    "batch": (torch.ones(3, 1, 8, 8, dtype=torch.int32), "for batch 2 and 4 heads"),
 }
 
 
@@ -246,17 +249,67 @@ def test_dense_and_varlen_masks_are_not_confused():
     q, k, v = qkv(1, 8, 8, 4, 2, 64)
     cu = torch.tensor([0, 8], dtype=torch.int32)
     with pytest.raises(fmha.InputError, match="for dense queries"):
-        fmha.attention(q, k, v, mask=fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu), device="emulator")
+        fmha.attention(q, k, v, mask=fmha.pack_mask(torch.zeros(8, 8), cu_seqlens_q=cu), device="emulator")
     with pytest.raises(fmha.InputError, match="for varlen queries"):
-        fmha.attention_varlen(q[0], k[0], v[0], cu, cu, 8, 8, mask=fmha.pack_mask(torch.ones(8, 8)), device="emulator")
+        fmha.attention_varlen(q[0], k[0], v[0], cu, cu, 8, 8, mask=fmha.pack_mask(torch.zeros(8, 8)), device="emulator")
     with pytest.raises(fmha.InputError, match="needs cu_seqlens_q"):
-        fmha.unpack_mask(fmha.pack_mask(torch.ones(8, 8), cu_seqlens_q=cu))
+        fmha.unpack_mask(fmha.pack_mask(torch.zeros(8, 8), cu_seqlens_q=cu))
     with pytest.raises(fmha.InputError, match=r"varlen needs \[Tq, columns\]"):
-        fmha.pack_mask(torch.ones(1, 1, 8, 8), cu_seqlens_q=cu)
+        fmha.pack_mask(torch.zeros(1, 1, 8, 8), cu_seqlens_q=cu)
 
 
-def test_masks_with_alibi_or_softcap_are_refused_by_name():
-    q, k, v = qkv(1, 8, 8, 4, 2, 64)
-    for options in ({"softcap": 3.0}, {"alibi_slopes": torch.rand(4)}):
-        with pytest.raises(fmha.UnsupportedProblem, match="packed mask"):
-            fmha.attention(q, k, v, mask=torch.ones(8, 8), device="emulator", **options)
+@pytest.mark.emulator
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])}], ids=str)
+def test_masks_with_alibi_or_softcap(options):
+    q, k, v = qkv(1, 70, 131, 4, 2, 64)
+    mask = random_mask(1, 4, 70, 131)
+    want = reference.attention(q, k, v, mask=mask, **options)
+    for device in (None, "emulator:sm80", "emulator:sm90"):
+        close(*fmha.attention(q, k, v, mask=mask, return_lse=True, device=device, **options), *want)
+
+
+@pytest.mark.parametrize("value", [1.0, -10000.0, torch.finfo(torch.float32).min, float("nan"), float("inf")])
+@pytest.mark.parametrize("pack", ["torch", "numpy", "call"])
+def test_floats_that_are_no_mask_are_refused(value, pack):
+    """Silently wrong once: every float but 0 was taken for True, the opposite of what SDPA adds."""
+    mask = torch.zeros(5, 7)
+    mask[3, 4] = value
+    q = torch.randn(1, 5, 1, 64).bfloat16()
+    with pytest.raises(fmha.InputError, match=r"mask has dtype torch.float32 and the value .* 0 \(attend\) and -inf"):
+        if pack == "call":
+            fmha.attention(q, q[:, :1].expand(1, 7, 1, 64), q[:, :1].expand(1, 7, 1, 64), mask=mask)
+        else:
+            fmha.pack_mask(mask.numpy() if pack == "numpy" else mask)
+
+
+def test_an_additive_mask_means_what_it_means_to_sdpa():
+    q, k, v = qkv(2, 33, 70, 4, 4, 64)
+    bits = random_mask(2, 4, 33, 70)
+    bits[..., 0] = True
+    mask = torch.zeros(bits.shape).masked_fill(~bits, -torch.inf)
+    turned = [t.float().transpose(1, 2) for t in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*turned, attn_mask=mask).transpose(1, 2)
+    assert (fmha.attention(q, k, v, mask=mask).float() - want).norm() < 4e-3 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: {"rows": 200}, r"words of a PackedMask is torch.int32 \(1, 2, 2, 3, 128\).*goes with 200 rows"),
+        (lambda m: {"cols": 300}, "goes with 70 rows and 300 columns"),
+        (lambda m: {"words": m.words[:, :, :1]}, r"\(1, 2, 2, 3, 128\) on cpu goes with"),
+        (lambda m: {"words": m.words.transpose(2, 3).contiguous().transpose(2, 3)}, "not contiguous"),
+        (lambda m: {"words": m.words.long()}, "torch.int64"),
+        (lambda m: {"words": m.words[0]}, r"words of a PackedMask is torch.int32 \(2, 2, 3, 128\)"),
+        (lambda m: {"any": m.any[:, :1]}, "any of a PackedMask is"),
+        (lambda m: {"any": None}, "any of a PackedMask is a NoneType"),
+        (lambda m: {"any": m.any.to("meta")}, "on meta"),
+        (lambda m: {"sequences": 2}, "of 2 sequences"),
+    ],
+)
+def test_a_mask_built_by_hand_is_checked(change, message):
+    mask = fmha.pack_mask(random_mask(1, 2, 70, 130))
+    parts = {name: getattr(mask, name) for name in ("words", "any", "rows", "cols", "sequences")}
+    fmha.PackedMask(**parts)
+    with pytest.raises(fmha.InputError, match=message + r".*let pack_mask make it"):
+        fmha.PackedMask(**{**parts, **change(mask)})

@@ -20,7 +20,7 @@ from fmha_runtime.errors import EmulatorFault
 from fmha_runtime.kernels import catalog, sources
 from fmha_runtime.kernels.spec import KernelSpec, Op
 from fmha_runtime.ops import obtain
-from fmha_runtime.ops.forward import plan as forward
+from fmha_runtime.ops.forward import direct
 from fmha_runtime.ops.forward.cases import cases
 from fmha_runtime.ops.forward.check import CaseResult, Failure
 from fmha_runtime.ops.pack import cases as verify_pack
@@ -72,7 +72,7 @@ def test_planted_faults_are_faults(tool: Any, name: str, tmp_path: Path) -> None
     kernel = obtain.from_source(sources.render(spec, catalog.tile(spec)), spec.name, [tmp_path / "fmha"])
     q, k = (torch.randn(1, rows, 1, spec.head_dim).bfloat16() for rows in (113, 203))
     with pytest.raises(EmulatorFault):
-        forward.run(kernel, spec, q, k, k, return_lse=True)
+        direct.run(kernel, spec, q, k, k, return_lse=True)
 
 
 def test_the_cases_are_small_and_of_every_kind(tool: Any) -> None:

@@ -19,10 +19,10 @@ from fmha_runtime.kernels.spec import DType, KernelSpec, Score
 from fmha_runtime.ops import obtain
 from fmha_runtime.ops.forward import cases as verify_cases
 from fmha_runtime.ops.forward import check as verify_check
-from fmha_runtime.ops.forward import plan as forward
-from fmha_runtime.ops.forward import reference
+from fmha_runtime.ops.forward import direct, reference
 from fmha_runtime.ops.forward.cases import cases
 from fmha_runtime.ops.forward.check import CaseResult
+from fmha_runtime.ops.forward.inputs import inputs
 from fmha_runtime.verify import run as verifier
 
 SPEC = KernelSpec.parse("fmha_fwd_sm80_bf16_d40")
@@ -121,7 +121,7 @@ def test_the_reference_may_be_elsewhere(varlen: bool) -> None:
         seen.extend(x.device.type for x in (*given, *options.values()) if isinstance(x, torch.Tensor))
         return given[0], given[0][..., 0]
 
-    given = verify_cases.inputs(spec, case, "cpu")
+    given = inputs(spec, case, "cpu")
     verify_check._Check(spec, case, given, spy, "meta")._reference(spy, spy)
     assert set(seen) == {"meta"} and len(seen) >= (7 if varlen else 6)
     assert given.q.device.type == "cpu"
@@ -269,14 +269,14 @@ def test_a_tensor_for_the_lse_is_checked() -> None:
     kernel = obtain.kernel(SPEC, device="emulator")
     q = torch.randn(1, 20, 2, 40, dtype=torch.bfloat16)
     room = torch.full((200,), 7.0)
-    _, lse = forward.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
+    _, lse = direct.run(kernel, SPEC, q, q, q, return_lse=True, lse=room[40:80].view(1, 2, 20))
     assert lse.data_ptr() == room[40:].data_ptr() and (room[:40] == 7).all() and (room[80:] == 7).all()
-    assert torch.equal(lse, forward.run(kernel, SPEC, q, q, q, return_lse=True)[1])
+    assert torch.equal(lse, direct.run(kernel, SPEC, q, q, q, return_lse=True)[1])
     for bad in (room[:40].view(1, 20, 2), room[:40].view(1, 2, 20).double(), room[:80].view(1, 2, 40)[..., ::2]):
         with pytest.raises(InputError, match=r"contiguous torch.float32 \(1, 2, 20\)"):
-            forward.run(kernel, SPEC, q, q, q, return_lse=True, lse=bad)
+            direct.run(kernel, SPEC, q, q, q, return_lse=True, lse=bad)
     with pytest.raises(InputError, match="return_lse=True"):
-        forward.run(kernel, SPEC, q, q, q, lse=room[:40].view(1, 2, 20))
+        direct.run(kernel, SPEC, q, q, q, lse=room[:40].view(1, 2, 20))
 
 
 def test_a_fault_is_the_failure_of_its_case_and_the_next_case_runs() -> None:
@@ -324,7 +324,7 @@ def test_every_promised_kind_of_case_is_there() -> None:
 
 def test_inputs_are_reproducible_and_poisoned() -> None:
     for case in (c for c in cases(SPEC) if c.quick and c.products(SPEC) < 10_000):
-        one, two = (verify_cases.inputs(SPEC, case, "cpu") for _ in range(2))
+        one, two = (inputs(SPEC, case, "cpu") for _ in range(2))
         assert all(torch.equal(a.isnan(), b.isnan()) for a, b in ((one.k, two.k), (one.v, two.v)))
         assert torch.equal(one.q, two.q) and torch.equal(one.k.nan_to_num(), two.k.nan_to_num())
         assert not one.q.isnan().any()
@@ -339,7 +339,7 @@ def test_inputs_are_reproducible_and_poisoned() -> None:
 def test_another_kernel_has_other_inputs() -> None:
     other = KernelSpec.parse("fmha_fwd_sm90_bf16_d40")
     case = cases(SPEC)[36]
-    one, two = (verify_cases.inputs(spec, case, "cpu").q for spec in (SPEC, other))
+    one, two = (inputs(spec, case, "cpu").q for spec in (SPEC, other))
     assert not torch.equal(one, two)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from ..spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from ..tile import Tile
@@ -18,29 +19,54 @@ _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
     for kv in KvLayout
     if mask is Mask.BAND or score is Score.PLAIN
 )
-"""Masks, scores and KV layouts that are built for every head dim and target."""
+"""Masks, scores and KV layouts that are core for every head dim and target."""
+
+_ALSO = frozenset((d, Mask.PACKED, Score.SOFTCAP) for d in ((128, 128), (256, 256)))
+"""Head dims with a packed mask and softcap, contiguous and paged: Gemma 2 and 3 with padding on the left."""
 
 
 def specs(arch: Arch) -> Iterator[KernelSpec]:
     """The attention kernels of an arch."""
     for dtype in (DType.FP16, DType.BF16):
         for dims in HEAD_DIMS:
-            for mask, score, kv in _FEATURES:
+            for mask, score, kv in product(Mask, Score, KvLayout):
                 spec = KernelSpec(Op.FWD, arch, dtype, *dims, mask, score, kv)
-                yield spec
-                if exists(short := replace(spec, short=True)):
-                    yield short
+                for each in (spec, replace(spec, short=True)):
+                    if is_core(each):
+                        yield each
 
 
-def exists(spec: KernelSpec) -> bool:
-    """Whether there is this attention kernel."""
+def is_core(spec: KernelSpec) -> bool:
+    """Whether this attention kernel is enumerated."""
+    dims = (spec.head_dim, spec.head_dim_v)
+    features = (spec.mask, spec.score, spec.kv) in _FEATURES or (dims, spec.mask, spec.score) in _ALSO
     return (
         spec.op is Op.FWD
         and spec.dtype in (DType.FP16, DType.BF16)
-        and (spec.head_dim, spec.head_dim_v) in tiles.TILES
-        and (spec.mask, spec.score, spec.kv) in _FEATURES
+        and dims in tiles.TILES
+        and features
         and (not spec.short or _has_short(spec))
     )
+
+
+def is_extended(spec: KernelSpec) -> bool:
+    """Whether the sources can express this attention kernel, though nobody tuned it: head dims in steps of 8 (rows are
+    copied in chunks of 16 bytes), any mask, score and layout."""
+    if spec.op is not Op.FWD or spec.dtype not in (DType.FP16, DType.BF16) or spec.short or is_core(spec):
+        return False
+    if spec.arch is not Arch.SM90A and spec.head_dim_v > -(-spec.head_dim // 16) * 16:
+        return False  # O is staged in the rows of Q
+    return all(8 <= d <= MAX_HEAD_DIM and d % 8 == 0 for d in (spec.head_dim, spec.head_dim_v))
+
+
+MAX_HEAD_DIM = 256
+
+
+def _tuned(spec: KernelSpec) -> tuple[int, int]:
+    """The head dims of the table whose tiles a kernel takes: its own, or the next ones with room for them."""
+    dims = (spec.head_dim, spec.head_dim_v)
+    room = [each for each in tiles.TILES if each[0] >= dims[0] and each[1] >= dims[1]]
+    return dims if dims in tiles.TILES else min(room, key=sum)
 
 
 def _has_short(spec: KernelSpec) -> bool:
@@ -51,7 +77,7 @@ def _has_short(spec: KernelSpec) -> bool:
 
 def tile(spec: KernelSpec) -> str:
     """The tile of a kernel that exists, as text."""
-    dims = (spec.head_dim, spec.head_dim_v)
+    dims = _tuned(spec)
     if spec.arch is not Arch.SM90A:
         return _mma_tile(spec)
     if spec.short:
@@ -61,15 +87,15 @@ def tile(spec: KernelSpec) -> str:
 
 def _hopper_feature_tile(spec: KernelSpec) -> str | None:
     """The cut that a packed mask, softcap or pages ask for, if one of them does."""
-    dims = (spec.head_dim, spec.head_dim_v)
+    dims = _tuned(spec)
     mask, score, kv = spec.mask.value, spec.score.value, spec.kv.value
-    words = [f"{mask} {kv}", mask, f"{score} {kv}", score, kv]
+    words = [f"{mask} {score} {kv}", f"{mask} {score}", f"{mask} {kv}", mask, f"{score} {kv}", score, kv]
     found = (tiles.HOPPER_FEATURE_TILES.get((dims, word)) for word in words)
     return next(filter(None, found), None)
 
 
 def _mma_tile(spec: KernelSpec) -> str:
-    dims, column = (spec.head_dim, spec.head_dim_v), tiles.COLUMN[spec.arch]
+    dims, column = _tuned(spec), tiles.COLUMN[spec.arch]
     if spec.arch is Arch.SM120 and dims in tiles.SM120_TILES:
         text = tiles.SM120_TILES[dims][spec.mask is not Mask.PACKED]
         if text is not None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import ctypes
 import struct
 
-from ..spec import Arch, KernelSpec
-
 ABI = 2
 """Must equal FMHA_ABI in params.h; a cubin with another number is never launched."""
 
@@ -78,6 +76,9 @@ class FwdParams(ctypes.Structure):
 # fields, 0 for null. A call without sinks, slopes, pages and mask changes the first eight only.
 write_addresses = struct.Struct("=8Q").pack_into
 write_all_addresses = struct.Struct("=13Q").pack_into
+# All behind them is written by one call, too: (block, GEOMETRY, every stride, every int, every float).
+write_geometry = struct.Struct("=17q17i3f").pack_into
+GEOMETRY = FwdParams.q_stride.offset
 
 
 class TensorMap(ctypes.Structure):
@@ -107,10 +108,3 @@ class FwdSm90Params(ctypes.Structure):
         ("queue", ctypes.c_void_p),
         ("padding", ctypes.c_uint8 * 56),
     ]
-
-
-def allocate(spec: KernelSpec) -> FwdParams | FwdSm90Params:
-    """A zeroed parameter block for an attention kernel, at an address that is a multiple of 64."""
-    kind: type[FwdParams] | type[FwdSm90Params] = FwdSm90Params if spec.arch is Arch.SM90A else FwdParams
-    room = ctypes.create_string_buffer(ctypes.sizeof(kind) + 63)
-    return kind.from_buffer(room, -ctypes.addressof(room) % 64)

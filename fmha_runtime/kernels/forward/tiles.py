@@ -63,9 +63,10 @@ HOPPER_SHORT_TILES: dict[tuple[int, int], str] = {
 
 # Where softcap, packed masks and pages are faster with another cut: chosen by `fmha tune` (2048 tokens, softcap 8192 as
 # well) but for a few cuts that spill more, which docs/performance.md shows in bold, and d 128 with pages, where 192x64
-# is 2 % faster with many queries and 20 % slower with one. The first of "packed paged", "packed", "softcap paged",
-# "softcap", "paged" with an entry decides. A copy from a page brings as many rows as the largest power of two that
-# divides block_n, or a page: 64 is better than 112. What no entry says is the plain cut.
+# is 2 % faster with many queries and 20 % slower with one. The first of "packed softcap paged", "packed softcap",
+# "packed paged", "packed", "softcap paged", "softcap", "paged" with an entry decides. A copy from a page brings as many
+# rows as the largest power of two that divides block_n, or a page: 64 is better than 112. What no entry says is the
+# plain cut.
 HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((32, 32), "softcap"): "256x80 w20 s3 c1",
     ((40, 40), "softcap"): "256x64 w20 s8 c1",
@@ -94,6 +95,10 @@ HOPPER_FEATURE_TILES: dict[tuple[tuple[int, int], str], str] = {
     ((192, 192), "paged"): "128x64 w12 s3 c1",
     ((192, 128), "paged"): "192x64 w16 s3 c1",
     ((256, 256), "paged"): "128x64 w12 s2 c1",
+    # Not timed: cuts that do not spill.
+    ((128, 128), "packed softcap"): "128x96 w12 s3 c1",
+    ((128, 128), "packed softcap paged"): "128x64 w12 s3 c1",
+    ((256, 256), "packed softcap"): "128x64 w12 s2 c1",
     # Not timed: cuts of 64 rows a copy that spill little.
     ((80, 80), "packed paged"): "192x64 w16 s3 c1",
     ((96, 96), "packed paged"): "192x64 w16 s3 c1",

@@ -26,9 +26,14 @@ def specs(arch: Arch) -> Iterator[KernelSpec]:
         yield spec(arch)
 
 
-def exists(kernel: KernelSpec) -> bool:
+def is_core(kernel: KernelSpec) -> bool:
     """Whether there is this packer."""
     return kernel.arch in _ARCHS and kernel == spec(kernel.arch)
+
+
+def is_extended(kernel: KernelSpec) -> bool:
+    """There are no others."""
+    return False
 
 
 def tile(kernel: KernelSpec) -> str:

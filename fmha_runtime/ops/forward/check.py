@@ -17,7 +17,8 @@ from ...errors import DriverError, EmulatorFault
 from ...kernels.spec import DType, KernelSpec
 from ..suite import CaseResult, Failure
 from . import reference
-from .cases import Case, Inputs, inputs
+from .cases import Case
+from .inputs import Inputs, inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,7 +257,7 @@ class _Check:
         if case.softcap:
             changes["softcap"] = case.softcap / 2
         if case.mask:
-            changes["mask"] = torch.ones(case.lens_q[0], case.lens_k[0], device=k.device)
+            changes["mask"] = torch.ones(case.lens_q[0], case.lens_k[0], dtype=torch.bool, device=k.device)
         if case.slopes:
             changes["alibi_slopes"] = torch.full((case.heads,), 0.01, device=k.device)
         for option, value in changes.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a chosen kernel and checked tensors to one launch: parameter block, grid, plan.
+"""From a binding and checked tensors to one launch: parameter block, grid, tensor maps.
 
 Decides nothing about which kernel. A ``Plan`` holds everything that depends on shapes, strides and options; a run only
 patches addresses and launches.
@@ -8,35 +8,31 @@ patches addresses and launches.
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
-from ... import config
-from ...device import driver, emulator, tensor_map
-from ...device.loader import Kernel
+from ...device import driver, tensor_map, tile_queue
 from ...errors import DriverError, InputError, UnsupportedProblem
-from ...kernels import catalog
 from ...kernels.forward import params
-from ...kernels.forward.params import UNLIMITED, FwdSm90Params, FwdTmaParams
-from ...kernels.spec import KernelSpec
-from ...kernels.tile import Tile
-from ...problem import arguments, tensors
-from ...problem.arguments import NO_EXTRAS, Extras, Options, Shape
-from ...problem.packed_mask import PackedMask, pack
+from ...kernels.forward.params import UNLIMITED, FwdSm90Params
+from ...problem import tensors
+from ...problem.arguments import NO_EXTRAS, Extras, Shape
+from ...problem.overlap import Memory
+from ...problem.packed_mask import PackedMask
 from .. import launcher
+from .binding import Binding
 from .sections import section_heads
 
 if TYPE_CHECKING:
     import torch
 
-LOG2_E = math.log2(math.e)
 NO_BACKWARD = (
     "an input requires a gradient and there is no backward kernel yet: call under torch.no_grad() or "
     "torch.inference_mode(), or use torch's scaled_dot_product_attention for training"
 )
 
+
+_NOTHING = (0,) * 13
 
 GUARDS = 8
 """How many guards of its geometry a plan makes at most. A guard also tells inference mode and autocast from plain
@@ -51,159 +47,176 @@ class Plan:
 
     # Look-ups in an object with more than 30 attributes are slow without.
     __slots__ = (
-        "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream",
-        "_debug", "_device", "_empty", "_emulated", "_extras_key", "_guard", "_guards_left", "_lengths", "_lock",
-        "_lse", "_map_words", "_maps", "_out", "_params", "_queued", "_smem", "_start", "_threads", "_torch",
-        "geometry", "grid", "kernel", "options", "shape", "spec", "tile",
+        "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream", "_debug", "_device",
+        "_empty", "_extras_key", "_guards_left", "_hopper", "_lengths", "_lse", "_mapped", "_memory", "_out", "_params",
+        "_queued", "_slots", "_start", "_torch", "_words", "binding", "emulated", "geometry", "grid", "guard", "key",
+        "shape",
     )  # fmt: skip
 
     def __init__(
         self,
-        kernel: Kernel,
-        spec: KernelSpec,
-        tile: Tile,
+        binding: Binding,
         shape: Shape,
-        opts: Options,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor | None = None,
         extras: Extras = NO_EXTRAS,
-        lengths: tuple[Any, Any, Any] = (None, None, None),  # cu_seqlens_q, cu_seqlens_k, seqused_k
     ) -> None:
         import torch
 
-        self.spec, self.tile, self.kernel, self.shape, self.options = spec, tile, kernel, shape, opts
+        self.binding = binding
+        self._torch = torch
+        self.emulated, self._debug = binding.emulated, binding.debug
+        self._device, self._empty = binding.device, binding.empty
+        if self.emulated:
+            self._current_device, self._current_stream = _no_device, _no_stream
+        else:  # bound once: each look-up would cost every call
+            self._current_device = torch._C._cuda_getDevice
+            self._current_stream = torch._C._cuda_getCurrentRawStream
+        self._block = block = binding.allocate()
+        self._hopper = isinstance(block, FwdSm90Params)
+        self._params = block.tma.fwd if self._hopper else block
+        at = ctypes.addressof(block)
+        self._argument = (ctypes.c_void_p * 1)(at)
+        self._slots = (at, at + tensor_map.MAP_BYTES, at + 2 * tensor_map.MAP_BYTES)
+        self._words: tuple[ctypes.c_uint64, ...] | None = None  # not asked for yet
+        self._queued = False
+        self._start: Any = None
+        if not self.emulated:
+            self._start = binding.kernel.bound(binding.tile.threads, binding.smem, ctypes.addressof(self._argument))
+        self.key: Any = None
+        """What the plan cache knows this plan by."""
+        self.aim(shape, q, k, v, out, extras)
+
+    def aim(
+        self,
+        shape: Shape,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor | None = None,
+        extras: Extras = NO_EXTRAS,
+    ) -> None:
+        """Makes this a plan for tensors of another geometry, checked like those before. Only for who alone has it."""
+        own, self.shape = self.binding, shape
+        out_shape, lse_shape = shape.out, shape.lse
+        rows, heads, dim = max(1, out_shape[-3]), max(1, shape.heads), max(1, shape.head_dim_v)
+        if out is not None:
+            strides = out.stride()
+        elif shape.total_q is None:
+            strides = (rows * heads * dim, heads * dim, dim, 1)
+        else:
+            strides = (heads * dim, dim, 1)
+        lse_strides = (heads * rows, rows, 1) if shape.total_q is None else (rows, 1)
+        self._out, self._lse = (out_shape, strides, q.dtype), (lse_shape, lse_strides, self._torch.float32)
+        self._memory: Memory | None = None
+        self.guard, self._guards_left = tensors.no_guard, GUARDS
+        """A quick look whether tensors have this plan's geometry: see tensors.guard."""
+        m_blocks = -(-shape.seqlen_q // own.tile.block_m)
+        grid = m_blocks * shape.batch * shape.heads
+        if grid >= 1 << 31:
+            raise InputError(f"{grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
+        params.write_all_addresses(self._params, 0, *_NOTHING)  # a launch without optional tensors leaves theirs alone
+        self._fill(m_blocks, q.stride(), k.stride(), v.stride(), strides, lse_strides, extras)
+        self._mapped = False
+        if self._hopper:
+            self._one_cta_each(grid, min(grid, own.slots))  # CTAs that work through several tiles each
+            if grid and 0 not in q.shape:
+                self._write_maps(q, k, v)
+        else:
+            self.grid = grid
+
+    def _one_cta_each(self, tiles: int, ctas: int) -> None:
+        """The grid of a Hopper kernel; with fewer CTAs than tiles they draw them from a queue."""
+        self.grid = self._block.tma.ctas = ctas
+        if self._queued and ctas == tiles:
+            self._block.queue = None
+        self._queued = ctas < tiles
+
+    def for_runs(self, given: tuple[torch.Tensor, ...], lengths: tuple[Any, ...], extras: Extras) -> Plan:
+        """Keeps what ``run`` compares: the geometry of q, k, v, of the lengths (cu_seqlens_q, cu_seqlens_k, seqused_k)
+        and of the optional tensors. Plans that are looked up by geometry do not need it."""
+        self.geometry = tuple([x for t in given for x in tensors.geometry(t)])
         self._extras_key = extras.key
         self._lengths = tuple(None if t is None else tensors.geometry(t) for t in lengths)
         self._bare = self._extras_key is None and self._lengths == (None, None, None)  # no optional tensors
-        self._debug = config.debug()
-        self.geometry = (*tensors.geometry(q), *tensors.geometry(k), *tensors.geometry(v))
-        self._guard, self._guards_left = tensors.no_guard, GUARDS
-        self._lock = threading.Lock()
-        self._threads = tile.threads
-        self._smem = catalog.smem_bytes(spec, tile)
-        self._emulated = isinstance(kernel, emulator.Kernel)
-        self._torch = torch
-        if self._emulated:
-            self._device, self._empty = -1, launcher.empty
-            self._current_device, self._current_stream = (lambda: -1), (lambda device: 0)
-        else:  # bound once: each look-up would cost every call
-            self._device, self._empty = kernel.device, tensors.allocator()
-            self._current_device = torch._C._cuda_getDevice
-            self._current_stream = torch._C._cuda_getCurrentRawStream
-        block = params.allocate(spec)
-        p = self._params = block.tma.fwd if isinstance(block, FwdSm90Params) else block
-        strides = tuple(out.stride()) if out is not None else _contiguous(shape.out)
-        self._out = (shape.out, strides, q.dtype)
-        self._lse = (shape.lse, _contiguous(shape.lse), torch.float32)
-        for stride, own in (
-            (p.q_stride, q.stride()),
-            (p.k_stride, k.stride()),
-            (p.v_stride, v.stride()),
-            (p.o_stride, strides),
-        ):
-            stride.batch = own[0] if len(own) == 4 else 0
-            stride.row, stride.head = own[-3], own[-2]
-        lse = _contiguous(shape.lse)
-        p.lse_batch_stride = 0 if shape.varlen else lse[0]
-        p.lse_head_stride = lse[-2]
-        p.batch, p.heads, p.heads_per_kv = shape.batch, shape.heads, shape.heads // shape.heads_k
-        p.seqlen_q, p.seqlen_k = shape.seqlen_q, shape.seqlen_k
-        p.window_left, p.window_right = opts.window_left, opts.window_right
-        p.m_blocks = -(-shape.seqlen_q // tile.block_m)
-        # Masks as bits are mostly causal ones with exceptions (trees, prefixes): later rows see more.
-        p.longest_first = int(opts.window_right != UNLIMITED or extras.mask is not None)
-        slots, l2 = self._machine()
-        p.section_heads = section_heads(
-            shape, opts, longest_first=bool(p.longest_first), block_m=tile.block_m, itemsize=spec.dtype.itemsize,
-            slots=slots, l2_bytes=l2,
-        )  # fmt: skip
-        p.attention_chunk = opts.attention_chunk
-        p.chunk_multiplier, p.chunk_shift = chunk_reciprocal(opts.attention_chunk)
-        p.scale = opts.scale if opts.scale is not None else shape.head_dim**-0.5
-        p.scale_log2 = (opts.softcap or p.scale) * LOG2_E
-        p.tanh_scale = p.scale / opts.softcap if opts.softcap else 0.0
-        self._place(extras)
-        self.grid = p.m_blocks * shape.batch * shape.heads
-        if self.grid >= 1 << 31:
-            raise InputError(f"{self.grid} query tiles exceed the grid limit of 2^31 - 1: split the batch")
-        self._maps: tuple[int, ...] = ()
-        self._map_words: tuple[ctypes.c_uint64, ...] = ()
-        self._queued = False
-        if isinstance(block, FwdSm90Params):
-            tiles, self.grid = self.grid, min(self.grid, slots)  # CTAs that work through several tiles each
-            block.tma.ctas = self.grid
-            self._queued = self.grid < tiles
-            self._encode_maps(block.tma, (q, k, v))
-        self._block = block
-        self._argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-        if not self._emulated:
-            self._bind()
+        return self
+
+    def learn(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Has a guard made that knows tensors of this plan's geometry which its present one did not know."""
+        if self._guards_left:
+            self._guards_left -= 1
+            self.guard = tensors.guard(q, k, v)
+
+    spec = property(lambda self: self.binding.spec, doc="The kernel that computes this.")
+    tile = property(lambda self: self.binding.tile, doc="How it is cut.")
+    options = property(lambda self: self.binding.options, doc="The checked options.")
 
     def __str__(self) -> str:
-        return f"{self.spec.name} tile {self.tile} grid {self.grid} smem {self._smem} {self.shape} {self.options}"
+        own = self.binding
+        return f"{own.spec.name} tile {own.tile} grid {self.grid} smem {own.smem} {self.shape} {own.options}"
 
-    def _machine(self) -> tuple[int, int]:
-        """(CTAs that fit the GPU at once, bytes of its L2)"""
-        if self._emulated:
-            return launcher.SMS * self.tile.ctas_per_sm, launcher.L2_BYTES
-        return driver.sm_count(self._device) * self.tile.ctas_per_sm, driver.l2_bytes(self._device)
+    def _fill(
+        self,
+        m_blocks: int,
+        q: tuple[int, ...],
+        k: tuple[int, ...],
+        v: tuple[int, ...],
+        out: tuple[int, ...],
+        lse: tuple[int, ...],
+        extras: Extras,
+    ) -> None:
+        """Everything of the parameter block but addresses, from the strides of the tensors."""
+        own, shape = self.binding, self.shape
+        opts, mask, slopes, table = own.options, extras.mask, extras.alibi_slopes, extras.page_table
+        # Masks as bits are mostly causal ones with exceptions (trees, prefixes): later rows see more.
+        longest_first = opts.window_right != UNLIMITED or mask is not None
+        section = section_heads(
+            shape, opts, longest_first=longest_first, block_m=own.tile.block_m, itemsize=own.spec.dtype.itemsize,
+            slots=own.slots, l2_bytes=own.bytes_l2,
+        )  # fmt: skip
+        row_blocks = col_blocks = mask_batch = mask_head = 0
+        if mask is not None:
+            batch, heads, row_blocks, col_blocks, _ = mask.words.shape
+            mask_batch = heads * row_blocks if batch > 1 else 0
+            mask_head = row_blocks if heads > 1 else 0
+        params.write_geometry(
+            self._params, params.GEOMETRY,
+            q[0] if len(q) == 4 else 0, q[-3], q[-2], k[0] if len(k) == 4 else 0, k[-3], k[-2],
+            v[0] if len(v) == 4 else 0, v[-3], v[-2], out[0] if len(out) == 4 else 0, out[-3], out[-2],
+            0 if shape.total_q is not None else lse[0], lse[-2],
+            0 if table is None else table.stride(0), mask_batch, mask_head,
+            shape.batch, shape.heads, shape.heads // shape.heads_k, shape.seqlen_q, shape.seqlen_k,
+            opts.window_left, opts.window_right, m_blocks, section, longest_first, opts.attention_chunk, *own.chunk,
+            slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0, own.page_bits, row_blocks, col_blocks,
+            *own.scales,
+        )  # fmt: skip
 
-    def _bind(self) -> None:
-        argument = ctypes.addressof(self._argument)
-        self._start = self.kernel.bound(self.grid, self._threads, self._smem, argument)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a Plan belongs to its process and its GPU and cannot be pickled or copied: make it anew with "
+            "fmha_runtime.plan(...) where it is needed"
+        )
 
     def use_plain_grid(self) -> None:
         """One CTA a query tile instead of as many as fit the GPU, where there is the choice (Hopper); for tuning."""
-        if isinstance(self._block, FwdSm90Params):
-            p = self._params
-            self.grid = self._block.tma.ctas = p.m_blocks * p.batch * p.heads
-            self._queued, self._block.queue = False, None
-            if not self._emulated:
-                self._bind()
+        if self._hopper:
+            tiles = self._params.m_blocks * self._params.batch * self._params.heads
+            self._one_cta_each(tiles, tiles)
 
-    def _encode_maps(self, block: FwdTmaParams, operands: tuple[torch.Tensor, ...]) -> None:
+    def _write_maps(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Tensor maps of q, k and v. Where there are no keys, nothing is loaded, but the kernel still prefetches its
         maps: those of q stand in, and no launch touches them again."""
-        if 0 in operands[0].shape:
-            return
-        empty = any(0 in t.shape for t in operands)
-        operands = operands[:1] * 3 if empty else operands
-        columns = 32 if self.shape.head_dim <= 32 else 64  # FwdSm90Traits::kGroupColumns
-        swizzle = tensor_map.Swizzle.B64 if columns == 32 else tensor_map.Swizzle.B128
-        encode = tensor_map.encode_emulated if self._emulated else tensor_map.encode
-        if not self._emulated:
-            driver.ensure_context(self._device)  # the driver encodes in a context; a new thread has none
-        replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
-        keys = self.tile.block_n
-        if self.shape.page_size is not None:  # what no page boundary cuts: piece_bits of paged_sm90.cuh
-            keys = min(self.shape.page_size, keys & -keys)
-        rows = (64, keys, keys)  # Q: a consumer's
-        slots = (block.q_map, block.k_map, block.v_map)
-        for slot, tensor, box_rows in zip(slots, operands, rows, strict=True):
-            layout = tensor_map.layout(tensor.shape, tensor.stride(), self.spec.dtype, box_rows, columns, swizzle)
-            encode(layout, tensor.data_ptr(), ctypes.addressof(slot))
-        if empty:
-            return
-        self._maps = tuple(ctypes.addressof(slot) for slot in slots)
-        words = [tensor_map.address_word(slot, replace) for slot in self._maps]
-        found = tuple(word for word in words if word is not None)
-        self._map_words = found if len(found) == len(words) else ()
-
-    def _place(self, extras: Extras) -> None:
-        """What the parameter block says of the optional tensors, their addresses aside."""
-        p, slopes, table = self._params, extras.alibi_slopes, extras.page_table
-        if slopes is not None:
-            p.alibi_batch_stride = slopes.stride(0) if slopes.ndim == 2 else 0
-        if table is not None:
-            assert self.shape.page_size is not None
-            p.page_table_stride = table.stride(0)
-            p.page_bits = self.shape.page_size.bit_length() - 1
-        if extras.mask is not None:
-            batch, heads, p.mask_row_blocks, p.mask_col_blocks, _ = extras.mask.words.shape
-            p.mask_batch_stride = heads * p.mask_row_blocks if batch > 1 else 0
-            p.mask_head_stride = p.mask_row_blocks if heads > 1 else 0
+        self._mapped = not (0 in k.shape or 0 in v.shape)
+        operands = (q, k, v) if self._mapped else (q, q, q)
+        try:
+            self.binding.write_maps(self._slots, *operands)
+        except DriverError as error:  # the driver encodes in a context; a new thread has none
+            driver.bind_after(error, self._device)
+            self.binding.write_maps(self._slots, *operands)
+        if self._words is None and self._mapped:
+            self._words = self.binding.address_words(self._slots, (q.data_ptr(), k.data_ptr(), v.data_ptr()))
 
     def run(
         self,
@@ -230,7 +243,7 @@ class Plan:
         Raises:
             InputError: another geometry, other optional tensors than planned, or a misaligned address.
         """
-        guarded = self._guard(q, k, v)
+        guarded = self.guard(q, k, v)
         if not guarded:
             self._compare(q, k, v)
         if out is not None and ((out.shape, out.stride(), out.dtype) != self._out or out.device != q.device):
@@ -255,9 +268,7 @@ class Plan:
         """The geometry of tensors that the guard does not know, and a guard that knows them, where one can be had."""
         if (*tensors.geometry(q), *tensors.geometry(k), *tensors.geometry(v)) != self.geometry:
             self._refuse(q, k, v)
-        if self._guards_left:
-            self._guards_left -= 1
-            self._guard = tensors.guard(q, k, v)
+        self.learn(q, k, v)
 
     def _check_lengths(self, *given: torch.Tensor | None) -> None:
         for name, tensor, planned in zip(
@@ -323,6 +334,7 @@ class Plan:
                 return self.launch(
                     q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse, guarded
                 )  # fmt: skip
+        given = out is not None
         if out is None:
             out = self._empty(*self._out)
         if return_lse and lse is None:
@@ -335,9 +347,14 @@ class Plan:
         if (q_at | k_at | v_at | out_at) & 15:
             for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
                 tensors.check_address(name, tensor)
+        if given:
+            if self._memory is None:
+                self._memory = Memory(q, k, v, out)
+            self._memory.check(q_at, k_at, v_at, out_at)
         if self._debug:  # before the launch, so that the call that crashes is the last line
             print(f"fmha: {self}", file=sys.stderr, flush=True)
-        with self._lock:  # not acquire() and try, at half the price: an interrupt between the two would keep it locked
+        # Not acquire() and try, at half the price: an interrupt between the two would keep it locked.
+        with self.binding.lock:
             if extras is NO_EXTRAS:
                 params.write_addresses(
                     self._params, 0, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(),
@@ -355,17 +372,18 @@ class Plan:
                     0 if slopes is None else slopes.data_ptr(), 0 if table is None else table.data_ptr(),
                     0 if mask is None else mask.words.data_ptr(), 0 if mask is None else mask.any.data_ptr(),
                 )  # fmt: skip
-            if self._map_words:
-                q_word, k_word, v_word = self._map_words
-                q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
-            elif self._maps:
-                replace = tensor_map.replace_address_emulated if self._emulated else tensor_map.replace_address
-                for slot, address in zip(self._maps, (q_at, k_at, v_at), strict=True):
-                    replace(slot, address)
-            if self._emulated:
+            if self._mapped:
+                if self._words:
+                    q_word, k_word, v_word = self._words
+                    q_word.value, k_word.value, v_word.value = q_at, k_at, v_at
+                else:
+                    for slot, address in zip(self._slots, (q_at, k_at, v_at), strict=True):
+                        self.binding.replace(slot, address)
+            if self.emulated:
                 read = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
+                own = self.binding
                 launcher.launch(
-                    self.kernel, self.grid, self._threads, self._smem, self._block, self._queued, read, (out, lse)
+                    own.kernel, self.grid, own.tile.threads, own.smem, self._block, self._queued, read, (out, lse)
                 )
             else:
                 try:
@@ -377,97 +395,13 @@ class Plan:
 
     def _enqueue(self, stream: int) -> None:
         if self._queued:
-            self._block.queue = driver.queue_word(self._device, stream)
-        self._start(stream)
+            self._block.queue = tile_queue.word(self._device, stream)
+        self._start(self.grid, stream)
 
 
-def chunk_reciprocal(chunk: int) -> tuple[int, int]:
-    """(multiplier, shift) with ``((2 * p + 1) * multiplier >> 32) >> shift == p // chunk`` for positions p up to 2^29.
-
-    Division by an invariant number (Granlund and Montgomery, 1994); the factor 2 leaves room for rounding, so that the
-    multiplier fits an int32 for every chunk.
-    """
-    if chunk == 0:
-        return 0, 0
-    shift = max(0, (2 * chunk - 1).bit_length() - 2)
-    return min((1 << 31) - 1, -(-(1 << (32 + shift)) // (2 * chunk))), shift
+def _no_device() -> int:
+    return -1
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for n in reversed(shape[1:]):
-        strides.append(strides[-1] * max(1, n))
-    return tuple(reversed(strides))
-
-
-def packed(mask: Any, cu_seqlens_q: Any) -> PackedMask | None:
-    """The mask of a call as kernels read it; anything but a PackedMask is packed now, without a kernel."""
-    if mask is None or isinstance(mask, PackedMask):
-        return mask
-    return pack(mask, cu_seqlens_q=cu_seqlens_q)
-
-
-def run(
-    kernel: Kernel,
-    spec: KernelSpec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    attention_chunk: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    mask: Any = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    return_lse: bool = False,
-    stream: int | None = None,
-    tile: Tile | None = None,
-) -> Any:
-    """One call on exactly this kernel, with the checks of the public calls: what verification is built on.
-
-    ``lse`` is a contiguous fp32 tensor to write instead of a new one, so that what lies around it can be watched.
-
-    Raises:
-        InputError: bad tensors or options, or a problem that this kernel does not compute.
-    """
-    extras = Extras(alibi_slopes, sinks, page_table, packed(mask, cu_seqlens_q))
-    shape = arguments.check_call(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, out=out, extras=extras, cache=page_table is not None,
-    )  # fmt: skip
-    opts = arguments.options(
-        causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
-    )
-    dtype, score, family = tensors.dtype_of("q", q), arguments.score(opts, extras), arguments.mask(extras)
-    wanted = (dtype, shape.head_dim, shape.head_dim_v, family, score, shape.kv)
-    if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v, spec.mask, spec.score, spec.kv):
-        raise InputError(
-            f"{spec.name} does not compute {dtype.value} with head dims {wanted[1]}x{wanted[2]}, {family.value} mask, "
-            f"{score.value} scores, {shape.kv.value} K and V"
-        )
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    if lse is not None and not (return_lse and _is_lse(lse, shape, q)):
-        raise InputError(
-            f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; this call needs return_lse=True and a contiguous "
-            f"torch.float32 {shape.lse} on {q.device}"
-        )
-    plan = Plan(kernel, spec, tile or catalog.tile(spec), shape, opts, q, k, v, out, extras, lengths)
-    return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse)
-
-
-def _is_lse(lse: torch.Tensor, shape: Shape, q: torch.Tensor) -> bool:
-    import torch
-
-    form = (tuple(lse.shape), lse.dtype, lse.device)
-    return form == (shape.lse, torch.float32, q.device) and lse.is_contiguous()
+def _no_stream(device: int) -> int:
+    return 0

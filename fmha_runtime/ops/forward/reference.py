@@ -255,7 +255,8 @@ def _varlen(
             assert used is not None
             keys, values = _cached(k, v, b, used[b], extras)
         else:
-            k_range = slice(first_k[b], first_k[b + 1] if used is None else first_k[b] + used[b])
+            begin, end = first_k[b : b + 2]
+            k_range = slice(begin, end if used is None else min(end, begin + max(0, used[b])))
             keys, values = k[k_range], v[k_range]
         part = _sequence(maths, q[q_range], keys, values, *extras.of(b, q_range))
         out[q_range], lse[:, q_range] = part
@@ -264,7 +265,7 @@ def _varlen(
 
 def _cached(k: Tensor, v: Tensor, b: int, length: int, extras: _Extras) -> tuple[Tensor, Tensor]:
     """The keys and values of one sequence: rows of a dense tensor, or gathered from its pages."""
-    table = extras.page_table
+    table, length = extras.page_table, max(0, length)  # a length below 0 is 0, one past the room is the room
     if table is None:
         return k[b, :length], v[b, :length]
     pages = table[b, : -(-length // k.shape[1])].long()
@@ -322,7 +323,9 @@ def _sequence(
         if sink is not None:  # one more key, whose value is nothing
             score = torch.cat([score, sink.expand(*score.shape[:-1], 1)], -1)
         top = score.amax(-1, keepdim=True)
-        weight = torch.exp(score - top.masked_fill(top == float("-inf"), 0.0))
+        if sink is not None:  # one that is infinite has all the weight
+            score = torch.where(top == float("inf"), torch.where(score == float("inf"), 0.0, float("-inf")), score)
+        weight = torch.exp(score - top.masked_fill(top.isinf(), 0.0))
         total = weight.sum(-1, keepdim=True)
         weight = (weight / total.masked_fill(total == 0, 1.0)).to(maths.matmul_dtype)
         weight = weight[..., :sk]

@@ -36,7 +36,7 @@ _CANARY = -0x35014542
 _GUARD = 64  # words
 
 
-EDITION = 1  # as verify_check.EDITION
+EDITION = 2  # as EDITION of forward/check.py
 
 
 def limits() -> dict[str, float]:
@@ -110,6 +110,8 @@ def inputs(spec: KernelSpec, case: PackCase, device: str) -> tuple[Tensor, Tenso
     elif case.dtype in ("uint8", "int8"):  # any nonzero value is true
         values = torch.randint(1, 256, shape, generator=random, device=device)
         mask = (bits * values).to(torch.uint8).view(getattr(torch, case.dtype))
+    elif case.dtype.startswith(("float", "bfloat")):  # as SDPA adds them
+        mask = torch.zeros(shape, dtype=getattr(torch, case.dtype), device=device).masked_fill(~bits, -torch.inf)
     else:
         mask = bits.to(getattr(torch, case.dtype)) * -2
     mask = _place(mask, case.layout)

@@ -31,13 +31,14 @@ def pack_mask(mask: Any, *, cu_seqlens_q: torch.Tensor | None = None) -> PackedM
     """Packs a mask on the device where it lies, on its current stream. Nothing waits for the device.
 
     Args:
-        mask: True (or nonzero) = attend; a torch tensor or other array of bool, integers or floats.
+        mask: True (or a nonzero integer) = attend; of floats, which SDPA adds to the scores, 0 = attend and -inf = hide
+            (their values are read, which waits for the device). A torch tensor or other array.
             [Sq, Sk], [B or 1, H or 1, Sq, Sk]; with cu_seqlens_q [Tq, columns] or [H or 1, Tq, columns], where column
             j of a token's row is key j of its own sequence. Any strides.
         cu_seqlens_q: int32 [B + 1] for varlen queries.
 
     Raises:
-        InputError: a shape that is none of these.
+        InputError: a shape that is none of these, or floats that are neither 0 nor -inf.
         UnsupportedProblem: there is no packer for this GPU.
         KernelNotBuilt, ArtifactError, DriverError: the packer is not built, damaged, or cannot be loaded (during a
             graph capture: call ``prepare`` or pack once before it).
@@ -148,8 +149,8 @@ def run(
 def _as_bytes(mask: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if mask.element_size() != 1 or mask.dtype.is_floating_point:  # -0.0 is zero and no zero byte
-        mask = mask != 0
+    if mask.element_size() != 1 or mask.dtype.is_floating_point:
+        mask = packed_mask.attended(mask)
     return mask.view(torch.uint8)
 
 

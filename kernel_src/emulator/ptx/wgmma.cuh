@@ -20,8 +20,7 @@ constexpr bool kIsBf16<Bf16> = true;
 
 template <class Element, int kN>
 struct Wgmma {
-    static_assert(kN >= 32 && kN <= 256 && kN % 8 == 0,
-                  "The device side has wgmma for N from 32 to 256 in steps of 8.");
+    static_assert(kN >= 8 && kN <= 256 && kN % 8 == 0, "The device side has wgmma for N from 8 to 256 in steps of 8.");
     FMHA_DEVICE static void ss(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
         emu::wgmma_ss(emu::kIsBf16<Element>, kN, d, a, b, accumulate);
     }

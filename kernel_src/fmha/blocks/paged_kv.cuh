@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // K and V tiles of one head, from tensors or from a pool of pages.
 #pragma once
-#include "params.h"
 #include "blocks/seqlen.cuh"
 #include "blocks/tile_copy.cuh"
+#include "params.h"
 
 namespace fmha {
 

@@ -4,8 +4,8 @@
 #pragma once
 #include <ptx/common.cuh>
 
-#include "params.h"
 #include "blocks/traits.cuh"
+#include "params.h"
 
 namespace fmha {
 
@@ -17,11 +17,22 @@ FMHA_DEVICE float tanh_exp2(float x) {
     return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * kTwoLog2E));
 }
 
+// Caps from here on make the absolute error of tanh_exp2 count: times 1000 it is 2.4e-4 of a score.
+constexpr float kLargeCap = 1000.f;
+
+// tanh(x) with a relative error of 2^-16. Scores far below a large cap are nearly x itself, and 1 - 2 / (1 + e) loses
+// their digits.
+FMHA_DEVICE float tanh_of_small(float x) {
+    const float near = x - x * x * x * (1.f / 3.f);  // the next term is 2/15 x^5: 1e-7 of x at 0.03
+    return fabsf(x) < 0.03f ? near : tanh_exp2(x);
+}
+
 // The score modification of one head, with the parameters that it needs.
 template <Score kScore>
 struct ScoreMod {
     float slope = 0.f;  // in units of the unscaled scores
     float tanh_scale = 0.f;
+    bool large_cap = false;
     int diagonal = 0;
 
     FMHA_DEVICE ScoreMod(const FwdParams& p, int batch, int head, int diagonal_) {
@@ -30,7 +41,9 @@ struct ScoreMod {
             diagonal = diagonal_;
         }
         if constexpr (kScore == Score::kSoftcap) {
+            constexpr float kLog2E = 1.44269504088896341f;
             tanh_scale = p.tanh_scale;
+            large_cap = p.scale_log2 > kLargeCap * kLog2E;  // scale_log2 is the cap times log2(e)
         }
     }
 
@@ -53,14 +66,23 @@ struct ScoreMod {
             }
         }
         if constexpr (kScore == Score::kSoftcap) {
+            if (large_cap) {
+                cap(s, [](float x) { return tanh_of_small(x); });
+            } else {
+                cap(s, [](float x) { return tanh_exp2(x); });
+            }
+        }
+    }
+
+    template <int kMTiles, int kNTiles, typename Tanh>
+    FMHA_DEVICE void cap(float (&s)[kMTiles][kNTiles][4], Tanh tanh) const {
+        FMHA_UNROLL
+        for (int mt = 0; mt < kMTiles; ++mt) {
             FMHA_UNROLL
-            for (int mt = 0; mt < kMTiles; ++mt) {
+            for (int nt = 0; nt < kNTiles; ++nt) {
                 FMHA_UNROLL
-                for (int nt = 0; nt < kNTiles; ++nt) {
-                    FMHA_UNROLL
-                    for (int i = 0; i < 4; ++i) {
-                        s[mt][nt][i] = tanh_exp2(s[mt][nt][i] * tanh_scale);
-                    }
+                for (int i = 0; i < 4; ++i) {
+                    s[mt][nt][i] = tanh(s[mt][nt][i] * tanh_scale);
                 }
             }
         }

@@ -21,11 +21,12 @@ struct Softmax {
     }
 
     // A sink is a key without a value: it takes its share of the weights and adds nothing to O. It comes first, so that
-    // nothing overflows, however large it is. `sink` is a logit in natural units, finite or -inf.
-    FMHA_DEVICE void add_sink(float sink, float scale_log2, int lane) {
+    // nothing overflows, however large it is. `sink` is a logit in natural units. Returns whether it is so large that
+    // it has all the weight: no key matters then, and steps whose maximum is infinite would give NaN.
+    FMHA_DEVICE bool add_sink(float sink, float scale_log2, int lane) {
         constexpr float kLog2E = 1.44269504088896341f;
         if (sink == kMinusInfinity) {
-            return;
+            return false;
         }
         const float raw = sink * kLog2E / scale_log2;
         FMHA_UNROLL
@@ -33,6 +34,7 @@ struct Softmax {
             row_max[mt][0] = row_max[mt][1] = raw;
             row_sum[mt][0] = row_sum[mt][1] = lane % 4 == 0 ? 1.f : 0.f;  // the sum is over the four lanes of a row
         }
+        return raw == -kMinusInfinity;
     }
 
     // Turns S into P in place and returns in `shrink` the factor by which O must be multiplied. kMasked: rows may still

@@ -10,13 +10,13 @@
 
 #include "blocks/epilogue.cuh"
 #include "blocks/paged_kv.cuh"
-#include "params.h"
 #include "blocks/scheduler.cuh"
 #include "blocks/score.cuh"
 #include "blocks/seqlen.cuh"
 #include "blocks/softmax.cuh"
 #include "blocks/tile_copy.cuh"
 #include "blocks/traits.cuh"
+#include "params.h"
 
 namespace fmha {
 
@@ -124,7 +124,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     }
     const int row_end = row_begin + Traits::kBlockM < seq.q_len ? row_begin + Traits::kBlockM : seq.q_len;
     const Band band(p, seq);
-    const KvRange range(band, row_begin, row_end, Traits::kBlockN);
+    KvRange range(band, row_begin, row_end, Traits::kBlockN);
     [[maybe_unused]] const auto mask = packed_mask<Traits::kPacked>(p, seq, tile.batch, tile.head);
     const ScoreMod<Traits::kScore> score(p, tile.batch, tile.head, band.diagonal);
     const int kv_head = tile.head / p.heads_per_kv;
@@ -149,8 +149,8 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
         }
     }
     Softmax<Traits::kMTiles> softmax;
-    if (p.sinks != nullptr) {
-        softmax.add_sink(ld_global_f32(p.sinks + tile.head), p.scale_log2, lane);
+    if (p.sinks != nullptr && softmax.add_sink(ld_global_f32(p.sinks + tile.head), p.scale_log2, lane)) {
+        range.end = range.begin;
     }
 
     // The next KV tile to the left. Packed masks leave out the tiles in which no key is visible.

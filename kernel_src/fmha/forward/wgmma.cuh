@@ -12,16 +12,16 @@
 
 #include "blocks/epilogue.cuh"
 #include "blocks/lazy_softmax.cuh"
-#include "forward/wgmma_packed.cuh"
-#include "forward/wgmma_paged.cuh"
-#include "params_sm90.h"
 #include "blocks/scheduler.cuh"
 #include "blocks/score.cuh"
 #include "blocks/seqlen.cuh"
+#include "blocks/tile_queue.cuh"
+#include "forward/wgmma_packed.cuh"
+#include "forward/wgmma_paged.cuh"
 #include "forward/wgmma_smem.cuh"
 #include "forward/wgmma_softcap.cuh"
-#include "blocks/tile_queue.cuh"
 #include "forward/wgmma_traits.cuh"
+#include "params_sm90.h"
 
 namespace fmha {
 

@@ -4,8 +4,8 @@
 #pragma once
 #include <ptx/sm90.cuh>
 
-#include "params.h"
 #include "forward/wgmma_traits.cuh"
+#include "params.h"
 
 namespace fmha {
 
