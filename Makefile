@@ -10,7 +10,7 @@ JOBS ?= $(shell nproc)
 HAS_GPU := $(shell command -v nvidia-smi)
 TORCH ?= $(if $(HAS_GPU),torch,torch==2.13.0)
 # nvcc: the one of this machine, or from the package index the one that cubins/manifest was made with (13.0.88).
-TOOLKIT ?= cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
+TOOLKIT ?= cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]>=13.0.2,<13.0.4
 HAS_NVCC := $(or $(FMHA_NVCC),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 comma := ,
 EXTRAS := demo,bench,test$(if $(HAS_NVCC),,$(comma)build)

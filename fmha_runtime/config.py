@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .errors import InputError
 
+_MOST = 1024  # jobs and threads; more is a slip of the finger
 _BYTES_PER_JOB = 2 << 30  # nvcc's device compiler peaks near 1 GiB on a large kernel; the rest is headroom
 
 
@@ -27,18 +28,18 @@ class Variable:
 
     @property
     def value(self) -> str | None:
-        """Its present value, None when unset or empty."""
-        return os.environ.get(self.name) or None
+        """Its present value, None when unset or blank."""
+        return _get(self.name)
 
 
 VARIABLES: tuple[Variable, ...] = (
     Variable(
         "FMHA_CACHE_DIR",
         "$XDG_CACHE_HOME/fmha_runtime or ~/.cache/fmha_runtime",
-        "built kernels; created at the first build",
+        "built kernels; created at the first build; nobody else may write to it",
     ),
     Variable("FMHA_COMMIT", "-", "commit that records name, for a copy of the checkout without .git"),
-    Variable("FMHA_CUBIN_DIR", "-", "extra folder of cubins, searched first; may be read-only"),
+    Variable("FMHA_CUBIN_DIR", "-", "extra folder of cubins, searched first; may be read-only; yours or root's"),
     Variable("FMHA_NVCC", "-", "the nvcc to use, before any other that is found"),
     Variable("FMHA_HOST_CXX", "g++", "host C++ compiler, for nvcc and for the emulator"),
     Variable("FMHA_BUILD_JOBS", "min(cores, RAM / 2 GiB)", "compilers that run at once"),
@@ -49,34 +50,74 @@ VARIABLES: tuple[Variable, ...] = (
 
 
 def _get(name: str) -> str | None:
-    return os.environ.get(name) or None
+    return os.environ.get(name, "").strip() or None
 
 
 def _flag(name: str) -> bool:
     text = (_get(name) or "0").lower()
     if text not in {"0", "1", "false", "true", "no", "yes"}:
-        raise InputError(f"{name}={text!r} is not a switch; set it to 0 or 1")
+        raise InputError(f"{name}={text[:40]!r} is not a switch; set it to 0 or 1")
     return text in {"1", "true", "yes"}
 
 
-def _folder(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+def _count(name: str, what: str) -> int | None:
+    text = _get(name)
+    if text is None:
+        return None
+    # Digits of other scripts are digits to str.isdigit, and some of them none to int.
+    if not text.isascii() or not text.isdigit() or len(text) > 4 or not 1 <= int(text) <= _MOST:
+        raise InputError(f"{name}={text[:40]!r} is not a number of {what}; set it to 1 or more, up to {_MOST}")
+    return int(text)
+
+
+def _shown(name: str, text: str) -> str:
+    """A name of something, which errors and records have to be able to say."""
+    if not text.isprintable():
+        raise InputError(f"{name}={text[:80]!r} has characters that cannot be printed; use a name without them")
+    if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+        raise InputError(f"{name}={text[:40]!r}... is longer than a name may be; use another")
+    return text
+
+
+def _folder(name: str, text: str) -> Path:
+    """The folder that a variable names.
+
+    Raises:
+        InputError: there cannot be such a folder, or its name could not be shown.
+    """
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise InputError(f"{name}={text[:80]!r}: there is no such home folder; give the whole path") from None
+    except FileNotFoundError:
+        raise InputError(f"{name}={text!r} is relative, and the working folder is gone; give the whole path") from None
+    _shown(name, str(path))
+    return path
 
 
 def cache_dir() -> Path:
     """Folder of the kernels built on this machine (FMHA_CACHE_DIR, else the XDG rule). It may not
     exist yet.
+
+    Raises:
+        InputError: it cannot be told which folder that is.
     """
     own = _get("FMHA_CACHE_DIR")
     if own:
-        return _folder(own)
-    return _folder(_get("XDG_CACHE_HOME") or "~/.cache") / "fmha_runtime"
+        return _folder("FMHA_CACHE_DIR", own)
+    shared = _get("XDG_CACHE_HOME")
+    if shared and os.path.isabs(shared):  # the XDG rule: a relative one does not count
+        return _folder("XDG_CACHE_HOME", shared) / "fmha_runtime"
+    try:
+        return _folder("HOME", "~/.cache") / "fmha_runtime"
+    except InputError:
+        raise InputError("there is no home folder for built kernels; set FMHA_CACHE_DIR to a folder") from None
 
 
 def cubin_dir() -> Path | None:
     """The extra root that is searched before all others, or None."""
     text = _get("FMHA_CUBIN_DIR")
-    return _folder(text) if text else None
+    return _folder("FMHA_CUBIN_DIR", text) if text else None
 
 
 def places() -> tuple[str | None, ...]:
@@ -87,12 +128,13 @@ def places() -> tuple[str | None, ...]:
 
 def nvcc_override() -> str | None:
     """The nvcc that the user insists on, or None."""
-    return _get("FMHA_NVCC")
+    text = _get("FMHA_NVCC")
+    return _shown("FMHA_NVCC", text) if text else None
 
 
 def host_cxx() -> str:
     """The host C++ compiler: a path, or a name to look up on PATH."""
-    return _get("FMHA_HOST_CXX") or "g++"
+    return _shown("FMHA_HOST_CXX", _get("FMHA_HOST_CXX") or "g++")
 
 
 def build_jobs() -> int:
@@ -101,12 +143,8 @@ def build_jobs() -> int:
     Raises:
         InputError: FMHA_BUILD_JOBS is not a positive integer.
     """
-    text = _get("FMHA_BUILD_JOBS")
-    if text is None:
-        return max(1, min(len(os.sched_getaffinity(0)), _memory_bytes() // _BYTES_PER_JOB))
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"FMHA_BUILD_JOBS={text!r} is not a number of jobs; set it to 1 or more")
-    return int(text)
+    given = _count("FMHA_BUILD_JOBS", "jobs")
+    return given or max(1, min(len(os.sched_getaffinity(0)), _memory_bytes() // _BYTES_PER_JOB))
 
 
 def _memory_bytes() -> int:
@@ -129,12 +167,7 @@ def emulator_threads() -> int:
     Raises:
         InputError: FMHA_EMULATOR_THREADS is not a positive integer.
     """
-    text = _get("FMHA_EMULATOR_THREADS")
-    if text is None:
-        return len(os.sched_getaffinity(0))
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"FMHA_EMULATOR_THREADS={text!r} is not a number of threads; set it to 1 or more")
-    return int(text)
+    return _count("FMHA_EMULATOR_THREADS", "threads") or len(os.sched_getaffinity(0))
 
 
 def debug() -> bool:
@@ -143,8 +176,17 @@ def debug() -> bool:
 
 
 def commit() -> str | None:
-    """The commit of a copy that has no ``.git``; None: not named."""
-    return _get("FMHA_COMMIT")
+    """The commit of a copy that has no ``.git``; None: not named.
+
+    Raises:
+        InputError: it is no commit's name.
+    """
+    text = _get("FMHA_COMMIT")
+    if text is not None and (not text.isascii() or not text.isprintable() or " " in text or len(text) > 100):
+        raise InputError(
+            f"FMHA_COMMIT={text[:40]!r} is not the name of a commit; set it to what `git rev-parse HEAD` says"
+        )
+    return text
 
 
 def tool_environment() -> dict[str, str]:
@@ -158,7 +200,7 @@ def tool_environment() -> dict[str, str]:
 def which(program: str) -> Path | None:
     """An executable on PATH (or the path itself when it is one), or None."""
     found = shutil.which(program)
-    return Path(found) if found else None
+    return Path(found).absolute() if found else None  # compilers run in folders of their own
 
 
 @cache

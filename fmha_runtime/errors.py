@@ -68,13 +68,17 @@ class ArtifactError(FmhaError):
     Attributes:
         path: the file.
         expected, found: the two values that disagree (both may be None).
+        command: a shell command that helps; empty where there is none but what the message says.
     """
 
-    def __init__(self, message: str, *, path: Any = None, expected: Any = None, found: Any = None) -> None:
+    def __init__(
+        self, message: str, *, path: Any = None, expected: Any = None, found: Any = None, command: str = ""
+    ) -> None:
         super().__init__(message)
         self.path = path
         self.expected = expected
         self.found = found
+        self.command = command
 
 
 class BuildError(FmhaError):

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every record says of its origin."""
+"""What every record says of its origin, and how the JSON of one is read back."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import types
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from . import config
+
+_Kind = TypeVar("_Kind")
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file that is no record may raise."""
 
 
 def now() -> str:
@@ -36,3 +46,48 @@ def commit() -> str | None:
         return next(line.split()[0] for line in packed if line.endswith(f" {ref}"))
     except (OSError, StopIteration):
         return None
+
+
+def parsed(kind: type[_Kind], item: Any) -> _Kind:
+    """The dataclass of a record from the JSON object that ``asdict`` gave.
+
+    Raises:
+        ValueError: it is no object, a field is missing, unknown or of another type, or a number is negative or not
+            finite: nothing that is counted or measured is.
+    """
+    if not isinstance(item, dict):
+        raise ValueError(f"a {kind.__name__} is {item!r}, not an object")
+    wanted, required = _fields(kind)  # type: ignore[arg-type]
+    if missing := sorted(required - set(item)):
+        raise ValueError(f"a {kind.__name__} lacks {', '.join(missing)}")
+    if unknown := sorted(set(item) - set(wanted)):
+        raise ValueError(f"a {kind.__name__} has unknown fields: {', '.join(map(str, unknown))}")
+    return kind(**{name: _value(wanted[name], value, name) for name, value in item.items()})
+
+
+@cache
+def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """The types of a dataclass's fields, and which fields have no default."""
+    required = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return get_type_hints(kind), required
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """A JSON value as a field's type has it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _value(inner[0], value, name)
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(inner[1], each, f"{name}[{key}]") for key, each in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(inner[0], each, name) for each in value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and type(value) in (int, kind) and math.isfinite(value) and value >= 0:
+        return value
+    words = {int: "a count", float: "a number from 0", str: "text"}
+    raise ValueError(f"{name} is {value!r}, not {words.get(kind, 'what belongs there')}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
+from ..records import UNREADABLE, parsed
 
 SCHEMA = 1
 OURS = "ours"
@@ -119,9 +120,9 @@ class BenchRecord:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']!r}, expected {SCHEMA}")
-            cells = tuple(Timing(**item) for item in data["cells"])
-            return cls(dict(data["meta"]), cells, tuple(HostTime(**item) for item in data["host"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            cells = tuple(parsed(Timing, item) for item in data["cells"])
+            return cls(dict(data["meta"]), cells, tuple(parsed(HostTime, item) for item in data["host"]))
+        except UNREADABLE as error:
             raise ArtifactError(
                 f"{path} is not a benchmark record ({error}); write one with fmha bench", path=path
             ) from error

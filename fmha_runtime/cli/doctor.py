@@ -196,7 +196,7 @@ def _cubins(found: Diagnosis) -> Lines:
     for error in inventory.broken:
         yield "broken", str(error)
         packaged = error.path is not None and error.path.is_relative_to(config.package_root())
-        command = _REINSTALL if packaged else "fmha cache prune"
+        command = error.command or (_REINSTALL if packaged else "fmha cache prune")
         found.problems.append(Problem(str(error), command, ARTIFACT))
     if not list(config.package_root().glob(f"{manifest.FOLDER}/*.json")):
         text = f"the packaged manifest {config.package_root() / manifest.FOLDER} is missing"
@@ -232,19 +232,23 @@ def _variables(found: Diagnosis) -> Lines:
 
     for variable in config.VARIABLES:
         if variable.value is not None:
-            yield variable.name, variable.value
+            yield variable.name, variable.value if variable.value.isprintable() else repr(variable.value)
     # Reading each once tells a value that cannot be used from one that can.
     for read in (
         config.build_jobs,
         config.emulator_threads,
         config.debug,
         config.build_on_demand,
+        config.cache_dir,
+        config.cubin_dir,
+        config.commit,
     ):
         try:
             read()
         except FmhaError as error:
             name = str(error).partition("=")[0]
-            found.problems.append(Problem(str(error), f"unset {name}"))
+            command = f"unset {name}" if name.isidentifier() else "export FMHA_CACHE_DIR=/a/folder/of/yours"
+            found.problems.append(Problem(str(error), command))
 
 
 def _versions(wanted: Callable[[str], object]) -> dict[str, str]:
@@ -292,6 +296,8 @@ def _loaded(found: Diagnosis) -> Lines:
 
 def _conclude(found: Diagnosis) -> None:
     """What only the whole picture shows."""
+    # A variable that cannot be used stops several probes; the last one has the command that helps.
+    found.problems = list({problem.text: problem for problem in found.problems}.values())
     if not found.gpus and not found.cxx:
         text = "no GPU, and no C++ compiler for the emulator: no kernel can run here"
         found.problems.append(Problem(text, "apt-get install g++"))

@@ -524,20 +524,24 @@ def cache_dir() -> None:
 
 
 @cache.command("clean")
-def cache_clean() -> None:
-    """Remove everything in it."""
-    _clean(everything=True)
+@click.option("--dry-run", is_flag=True, help="Only list what would go.")
+def cache_clean(dry_run: bool) -> None:
+    """Remove every kernel in it. What is not ours stays."""
+    _sweep(True, dry_run)
 
 
 @cache.command("prune")
-def cache_prune() -> None:
-    """Remove what is damaged, outdated or abandoned."""
-    _clean(everything=False)
+@click.option("--dry-run", is_flag=True, help="Only list what would go.")
+def cache_prune(dry_run: bool) -> None:
+    """Remove what is damaged, outdated or abandoned. What is not ours stays."""
+    _sweep(False, dry_run)
 
 
-def _clean(*, everything: bool) -> None:
-    from ..toolchain import publish
+def _sweep(everything: bool, dry_run: bool) -> None:
+    from ..kernels import cache as files
 
-    root = config.cache_dir()
-    count, freed = publish.clean(root, everything=everything)
-    _say(f"removed {count} entries ({report.size(freed)}) from {root}")
+    swept = files.sweep(config.cache_dir(), everything=everything, dry_run=dry_run)
+    _print(report.sweep_lines(swept) if dry_run else [])
+    _say("\n".join(report.sweep_totals(swept, dry_run)))
+    if swept.failed:
+        sys.exit(FAILED)

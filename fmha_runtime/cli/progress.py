@@ -44,11 +44,13 @@ class BuildProgress:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Show one event; a failure always gets its own lines."""
+        """Show one event; a failure and a warning always get their own lines."""
         name = event.result.spec.name if event.result else ""
         self._bar.update(self._task, completed=event.done, total=event.total, description=name)
         if event.result is not None and event.result.error is not None:
             self._print(f"FAIL  {event.result.error}")
+        if event.result is not None and event.result.warning:
+            self._print(f"warning: {event.result.warning}")
         if not self._console.is_terminal and self._worth_a_line(event):
             self._print(f"building {event.done}/{event.total}  {name}".rstrip())
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..kernels import catalog, sources
+from ..kernels.cache import Sweep
 from ..kernels.ledger import Ledger, Status
 from ..kernels.spec import KernelSpec
 from ..kernels.store import State
@@ -156,6 +157,7 @@ def build_item(result: BuildResult) -> dict[str, Any]:
         "sha256": row.sha256 if row else None,
         "path": str(row.path) if row and row.path else None,
         "lock": result.lock,
+        "warning": result.warning or None,
         "error": str(result.error) if result.error else None,
     }
 
@@ -209,6 +211,8 @@ def build_totals(results: Sequence[BuildResult], wanted: int, seconds: float, wo
     parts += [f"{current} up to date"] if current else []
     failed = sum(r.status == "failed" for r in results)
     parts += [f"{failed} failed"] if failed else []
+    spilling = sum(bool(r.warning) for r in results)
+    parts += [f"{spilling} with more spills than the catalogue allows"] if spilling else []
     rows = [r.row for r in results if r.row is not None]
     if rows:
         parts.append(f"largest {size(max(row.size for row in rows))}")
@@ -216,6 +220,24 @@ def build_totals(results: Sequence[BuildResult], wanted: int, seconds: float, wo
     differing = sum(r.lock == "differs" for r in results)
     parts += [f"{differing} differ from the manifest"] if differing else []
     return " · ".join(parts)
+
+
+def sweep_lines(swept: Sweep) -> list[str]:
+    """What ``fmha cache clean`` or ``prune`` removed, or would have: a line each."""
+    return [f"{item.path}  {size(item.size)}" + (f"  ({item.reason})" if item.reason else "") for item in swept.removed]
+
+
+def sweep_totals(swept: Sweep, dry_run: bool) -> list[str]:
+    """Its closing lines: how much went, what was left and why."""
+    verb = "would remove" if dry_run else "removed"
+    parts = [f"{verb} {len(swept.removed)} entries ({size(swept.size)}) from {swept.root}"]
+    parts += [f"{swept.kept} in use"] if swept.kept else []
+    lines = [" · ".join(parts)]
+    if swept.adopted:
+        lines.append(f"{'would mark' if dry_run else 'marked'} it as a cache: all that it held is ours")
+    lines += [f"left {item.path}: {item.reason}" for item in swept.left]
+    lines += [f"could not remove {item.path}: {item.reason}" for item in swept.failed]
+    return lines
 
 
 def proofs(states: dict[KernelSpec, State]) -> list[Status]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import config
 from ..errors import ArtifactError, EmulatorFault
+from ..kernels import files
 
 _ERROR_BYTES = 4096
 
@@ -68,6 +69,7 @@ class Kernel:
         self.order = Order.FORWARD
         self.seed = 0
         self.collectives = 0
+        files.check_seal(library)  # what is cut short would end the process in the middle of a call
         try:
             self._entry = ctypes.CDLL(str(library))[name]
         except (OSError, AttributeError) as error:

@@ -19,6 +19,9 @@ from .pack import family as pack
 from .spec import Arch, KernelSpec, Op
 from .tile import Tile
 
+PROVEN_NVCC = "13.0.88"
+"""The version of nvcc that the packaged manifest, the tuning and the verification are of."""
+
 
 class Family(Protocol):
     """What a family's module says about the kernels of its op."""
@@ -101,3 +104,12 @@ def allowed_spill_bytes(spec: KernelSpec) -> int:
 def block(spec: KernelSpec) -> type[ctypes.Structure]:
     """The struct that a kernel takes by value."""
     return FAMILIES[spec.op].block(spec)
+
+
+def spill_objection(spec: KernelSpec, spill_bytes: int) -> str:
+    """What is too much about a kernel's spills; empty when the build accepts them.
+
+    The numbers are PROVEN_NVCC's. What another version adds is worth a warning: the kernel is right all the same.
+    """
+    allowed = allowed_spill_bytes(spec)
+    return f"{spill_bytes} bytes of spills where {allowed} are allowed" if spill_bytes > allowed else ""

@@ -9,17 +9,16 @@ else. A record is bound to what ran, its ``evidence``: the SHA-256 of the cubin 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .. import config
 from ..errors import ArtifactError
-from . import catalog, manifest, sources
+from ..records import UNREADABLE, parsed
+from . import catalog, files, manifest, sources
 from .manifest import KernelRow
 from .spec import Arch, KernelSpec
 
@@ -174,7 +173,7 @@ def record(new: Iterable[Record], root: Path | None = None) -> None:
     for path, records in tables.items():
         merged = {_key(r): r for r in (*_read(path), *records)}
         lines = ",\n".join(f"  {json.dumps(asdict(merged[key]))}" for key in sorted(merged))
-        _replace(path, f'{{"schema": {SCHEMA}, "records": [\n{lines}\n]}}\n')
+        files.replace_file(path, f'{{"schema": {SCHEMA}, "records": [\n{lines}\n]}}\n'.encode())
 
 
 def _facts(record: Record) -> str:
@@ -190,7 +189,7 @@ def _read(path: Path) -> list[Record]:
         return [_record(item) for item in table["records"]]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise ArtifactError(
             f"{path} is not a verification ledger ({error}); restore it from version control, or "
             "delete it and run fmha verify --record",
@@ -198,29 +197,12 @@ def _read(path: Path) -> list[Record]:
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".verified-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
-
-
 def _key(r: Record) -> tuple[str, int]:
     return r.name, HOW.index(r.how)
 
 
-def _record(item: dict[str, Any]) -> Record:
-    wanted = {field.name for field in fields(Record)}
-    if set(item) != wanted:
-        raise ValueError(f"fields {sorted(set(item) ^ wanted)} are missing or unknown")
-    if item["how"] not in HOW:
-        raise ValueError(f"how={item['how']!r}, expected one of {HOW}")
-    return Record(**item)
+def _record(item: Any) -> Record:
+    found = parsed(Record, item)
+    if found.how not in HOW:
+        raise ValueError(f"how={found.how!r}, expected one of {HOW}")
+    return found

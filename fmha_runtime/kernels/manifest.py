@@ -14,18 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
+from . import files
 from .spec import Arch, KernelSpec, Op
 from .tile import Tile
 
 SCHEMA = 2
 FOLDER = "manifest"
 ROW = "row.json"
+PACKAGE = "package"
+"""``root`` of the rows that this release has: what they say counts (store.by_the_manifest)."""
+ENTRY = re.compile(r"(fmha_\w+)-[0-9a-f]{12}")
+"""The name of a build's folder in a cache: the kernel's, and the key of what was compiled."""
 _OLD = "manifest.json"  # of schema 1: one table for everything
 
 _NUMBERS = ("threads", "smem_bytes", "registers", "spill_bytes", "abi", "params_size", "size")
@@ -152,10 +158,10 @@ def read_row(root: Path, spec: KernelSpec, label: str = "") -> KernelRow | None:
     begin = text.find(f'\n{{"name": "{spec.name}", '.encode())
     if begin < 0:
         return None
-    line = text[begin + 1 : text.index(b"\n", begin + 1)].rstrip(b",")
+    line = text[begin + 1 :].partition(b"\n")[0].rstrip(b",")
     try:
         row = KernelRow.from_json(json.loads(line), path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"the row of {spec.name} is not JSON ({error})") from None
     return _placed(row, label, f"{root}/{spec.arch.value}/{spec.name}.cubin")
 
@@ -203,11 +209,13 @@ def load_image(row: KernelRow) -> bytes:
     """The cubin of a row, its SHA-256 checked.
 
     Raises:
-        ArtifactError: the file is missing, unreadable or not the one that was built.
+        ArtifactError: the file is missing, unreadable, not the one that was built, or for others to write to.
     """
     remedy = f"run `fmha build --force {row.spec.name}`"
     if row.path is None:
         raise ArtifactError(f"the cubin of {row.spec.name} is not there; run `fmha build {row.spec.name}`")
+    if row.root != PACKAGE:  # who can write to the package can write to this file, too
+        files.check_file(row.path)
     try:
         image = row.path.read_bytes()
     except OSError as error:

@@ -6,32 +6,41 @@ Nothing here runs a compiler or opens a GPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import config
 from ..errors import ArtifactError
-from . import catalog, manifest, sources
+from . import catalog, files, manifest, sources
 from .manifest import KernelRow
-from .spec import KernelSpec
+from .spec import Arch, KernelSpec
 from .tile import Tile
+
+EXTRA, CACHE = "FMHA_CUBIN_DIR", "cache"
+"""``root`` of rows from elsewhere, and of those that were built on this machine."""
+_VARIABLES = {EXTRA: "FMHA_CUBIN_DIR", CACHE: "FMHA_CACHE_DIR"}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a kernel's cubin is: ``ready``, ``stale``, ``not built`` or ``broken``, why, and the row if there is one."""
+    """What a kernel's cubin is: ``ready``, ``stale``, ``not built`` or ``broken``, why, and the row if there is one.
+
+    ``command`` helps where something is broken and a shell can mend it.
+    """
 
     word: str
     reason: str
     row: KernelRow | None = None
+    command: str = ""
 
 
 def roots() -> tuple[tuple[str, Path], ...]:
     """The (label, folder) pairs that are searched, in order."""
     extra = config.cubin_dir()
-    first = (("FMHA_CUBIN_DIR", extra),) if extra else ()
-    return (*first, ("cache", config.cache_dir()), ("package", config.package_root()))
+    first = ((EXTRA, extra),) if extra else ()
+    return (*first, (CACHE, config.cache_dir()), (manifest.PACKAGE, config.package_root()))
 
 
 def rows() -> tuple[list[KernelRow], list[ArtifactError]]:
@@ -48,7 +57,9 @@ def find_tile(spec: KernelSpec, tile: Tile) -> KernelRow | None:
     for label, root in roots():
         for row in _scan(label, root, spec):
             if isinstance(row, KernelRow) and row.tile == tile and row.path and not why_stale(row, tile):
-                return row
+                lock = None if row.root == CACHE else locked(spec)
+                if not contradicts(row, lock):
+                    return row
     return None
 
 
@@ -60,7 +71,7 @@ def find(spec: KernelSpec) -> KernelRow | None:
     """
     state_ = state(spec)
     if state_.word == "broken":
-        raise ArtifactError(state_.reason, path=state_.row.path if state_.row else None)
+        raise ArtifactError(state_.reason, path=state_.row.path if state_.row else None, command=state_.command)
     return state_.row if state_.word == "ready" else None
 
 
@@ -103,7 +114,26 @@ def locked(spec: KernelSpec) -> KernelRow | None:
     Raises:
         ArtifactError: the table or the row is not usable.
     """
-    return manifest.read_row(config.package_root(), spec, "package")
+    return manifest.read_row(config.package_root(), spec, manifest.PACKAGE)
+
+
+def contradicts(row: KernelRow, lock: KernelRow | None) -> str:
+    """What a row from elsewhere claims against the packaged manifest; empty when it claims nothing of the kind.
+
+    One version of nvcc makes of one code one PTX and one cubin. The manifest says which, whatever a folder says of
+    itself. What was built on this machine need not be believed: `fmha build` compared it and said so.
+    """
+    if lock is None or row.root in (CACHE, lock.root):
+        return ""
+    if (row.code, row.flags, row.tile) != (lock.code, lock.flags, lock.tile) or row.sha256 == lock.sha256:
+        return ""
+    if lock.nvcc != row.nvcc and lock.ptx_sha256 != row.ptx_sha256:
+        return ""
+    claim = f"nvcc {row.nvcc}" if lock.nvcc == row.nvcc else f"nvcc {lock.nvcc}'s PTX"
+    return (
+        f"its row claims to be the build of {claim}, and the packaged manifest has other bytes for that "
+        f"(SHA-256 {lock.sha256[:12]}, here {row.sha256[:12]})"
+    )
 
 
 def why_stale(row: KernelRow, forced: Tile | None = None) -> str:
@@ -123,30 +153,42 @@ def why_stale(row: KernelRow, forced: Tile | None = None) -> str:
         return f"built from code {row.code[:12]}, the present sources have {code[:12]}"
     if row.flags != " ".join(sources.flags(row.spec.arch)):
         return "built with other compiler flags"
-    allowed = catalog.allowed_spill_bytes(row.spec)
-    if forced is None and row.spill_bytes > allowed:  # built as an experiment
-        return f"built with {row.spill_bytes} bytes of spills, the catalogue allows {allowed}"
+    objection = catalog.spill_objection(row.spec, row.spill_bytes)
+    if forced is None and objection and row.nvcc == catalog.PROVEN_NVCC:
+        return f"built as an experiment, with {objection}"
     return ""
 
 
 def _judge(spec: KernelSpec, found: list[KernelRow], broken: list[ArtifactError]) -> State:
     poor: list[State] = []
     remedy = f"run `fmha build {spec.name}`"
+    lock = next((row for row in found if row.root == manifest.PACKAGE), None)
     for row in found:
+        if lock is not None and row.root == EXTRA and row.sha256 == lock.sha256:
+            row = replace(row, nvcc=lock.nvcc)  # the same bytes, so the same compiler, whatever the row says
         if row.path is None:
             # A lock entry, perhaps an outdated one; nothing stale could be loaded.
             poor.append(State("not built", f"locked by the {row.root} manifest, cubin absent; {remedy}", row))
         elif objection := why_stale(row):
             poor.append(State("stale", f"{objection}; {remedy}", row))
-        elif (size := row.path.stat().st_size) != row.size:
+        elif claim := contradicts(row, lock):
+            poor.append(State("broken", f"{row.path} is not to be trusted: {claim}; {remedy}", row))
+        elif (size := _size(row.path)) != row.size:
             reason = f"{row.path} has {size} bytes, its row says {row.size}; {remedy}"
             poor.append(State("broken", reason, row))
         else:
             return State("ready", f"from {row.root}", row)
-    poor += [State("broken", str(error)) for error in broken]
+    poor += [State("broken", str(error), command=error.command) for error in broken]
     poor.append(State("not built", remedy))
     # What needs attention first: a damaged file must not hide behind a row that is merely old.
     return min(poor, key=lambda state: ("broken", "stale", "not built").index(state.word))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # it was there a moment ago
+        return 0
 
 
 def _concern(path: Path | None) -> str:
@@ -162,9 +204,12 @@ def _table_name(spec: KernelSpec) -> str:
 
 def _scan(label: str, root: Path, spec: KernelSpec | None = None) -> Iterator[KernelRow | ArtifactError]:
     """Rows of one root, of one kernel or of all; a root may have both layouts. Errors are handed out, not raised."""
-    if label == "FMHA_CUBIN_DIR" and not root.is_dir():
-        yield ArtifactError(f"FMHA_CUBIN_DIR={root} is not a folder; correct or unset it", path=root)
-        return
+    if label != manifest.PACKAGE:
+        try:
+            _check_root(label, root, spec)
+        except ArtifactError as error:
+            yield error
+            return
     if spec is None:
         found, broken = manifest.read(root, label)
         yield from found
@@ -178,13 +223,40 @@ def _scan(label: str, root: Path, spec: KernelSpec | None = None) -> Iterator[Ke
             yield error
     # Newest compiler first where several built one kernel.
     entries: list[KernelRow] = []
-    for folder in sorted(root.glob(f"{spec.name if spec else 'fmha_*'}-*/")):
+    for folder in _entries(root, spec):
         try:
+            if label != manifest.PACKAGE:
+                files.check_folder(folder, _VARIABLES[label])
             entries.append(manifest.read_entry(folder, label))
         except ArtifactError as error:
+            error.path = folder / manifest.ROW  # whom it concerns
             if error.expected != manifest.SCHEMA:  # another version's entry is none of ours; prune removes it
                 yield error
     yield from sorted(entries, key=lambda row: _version(row.nvcc), reverse=True)
+
+
+def _check_root(label: str, root: Path, spec: KernelSpec | None) -> None:
+    """Refuse a root that is no folder, or that somebody else could put code into."""
+    if not root.is_dir() and (label == EXTRA or root.exists()):
+        raise ArtifactError(
+            f"{_VARIABLES[label]}={root} is not a folder; correct or unset it",
+            path=root,
+            command=f"unset {_VARIABLES[label]}",
+        )
+    archs = [each.value for each in Arch] if spec is None else [spec.arch.value]
+    for folder in (root, root / manifest.FOLDER, *(root / arch for arch in archs)):
+        files.check_folder(folder, _VARIABLES[label])
+
+
+def _entries(root: Path, spec: KernelSpec | None) -> list[Path]:
+    """The folders of builds in a root, of one kernel or of all. What else lies there is nobody's business."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    begin = "fmha_" if spec is None else f"{spec.name}-"
+    mine = (root / name for name in names if name.startswith(begin) and manifest.ENTRY.fullmatch(name))
+    return [folder for folder in mine if os.path.isfile(folder / manifest.ROW)]
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def _built(spec: KernelSpec) -> KernelRow:
         (result,) = build.build([spec])
         if result.error is not None:
             raise result.error
+        if result.warning:
+            warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
         row = store.find(spec)
         if row is not None:
             return row

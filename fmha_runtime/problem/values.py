@@ -34,15 +34,16 @@ def check(
             inside a sequence's length that the pool does not have.
     """
     if cu_seqlens_q is not None:
-        _check_offsets("q", cu_seqlens_q, shape.total_q or 0, shape.seqlen_q)
+        _check_offsets("q", cu_seqlens_q, shape.total_q or 0, shape.seqlen_q, None)
     if cu_seqlens_k is not None:
-        _check_offsets("k", cu_seqlens_k, tokens_k, shape.seqlen_k)
+        _check_offsets("k", cu_seqlens_k, tokens_k, shape.seqlen_k, seqused_k)
     if page_table is not None and seqused_k is not None and shape.page_size is not None:
         _check_pages(page_table, seqused_k, shape.page_size, pages)
 
 
-def _check_offsets(of: str, offsets: torch.Tensor, tokens: int, longest: int) -> None:
-    found = offsets.tolist()
+def _check_offsets(of: str, offsets: torch.Tensor, tokens: int, longest: int, used: torch.Tensor | None) -> None:
+    """``used``: how many tokens of each sequence exist; None: all."""
+    found, existing = offsets.tolist(), None if used is None else used.tolist()
     name = f"cu_seqlens_{of}"
     for b, (begin, end) in enumerate(itertools.pairwise(found)):
         if not 0 <= begin <= end <= tokens:
@@ -50,10 +51,10 @@ def _check_offsets(of: str, offsets: torch.Tensor, tokens: int, longest: int) ->
                 f"{name}[{b}] is {begin} and {name}[{b + 1}] is {end}; offsets must ascend from 0 to at most the "
                 f"{tokens} tokens of {of}"
             )
-        if end - begin > longest:
+        length = end - begin if existing is None else min(end - begin, existing[b])
+        if length > longest:
             raise InputError(
-                f"max_seqlen_{of} is {longest}, but sequence {b} has {end - begin} tokens ({name}): an upper bound is "
-                "needed"
+                f"max_seqlen_{of} is {longest}, but sequence {b} has {length} tokens ({name}): an upper bound is needed"
             )
 
 

@@ -19,6 +19,7 @@ from ..kernels import catalog, manifest, sources, store
 from ..kernels.manifest import KernelRow
 from ..kernels.spec import KernelSpec
 from . import build, publish
+from .process import Leash
 
 BY_CODE, BY_BYTES, CHANGED, FAILED, MISSING = (
     "identical by code",
@@ -66,7 +67,7 @@ def check(
     """
     found: dict[KernelSpec, Checked] = {}
     locked: dict[KernelSpec, KernelRow] = {}
-    rows, broken = manifest.read(config.package_root(), "package")
+    rows, broken = manifest.read(config.package_root(), manifest.PACKAGE)
     if broken:
         raise broken[0]
     by_spec = {row.spec: row for row in rows}
@@ -108,8 +109,8 @@ def _compile(
     found: dict[KernelSpec, Checked] = {}
     scratch = Path(tempfile.mkdtemp(prefix="fmha-check-"))
     try:
-        with ThreadPoolExecutor(jobs or config.build_jobs()) as pool:
-            work = [build.Job.of(spec, catalog.tile(spec), compiler, cxx, scratch, False) for spec in locked]
+        with Leash() as leash, ThreadPoolExecutor(jobs or config.build_jobs()) as pool, leash.cut_on_error():
+            work = [build.Job.of(spec, catalog.tile(spec), compiler, cxx, scratch, leash, False) for spec in locked]
             for done, (job, result) in enumerate(zip(work, pool.map(build.Job.run, work), strict=True), 1):
                 found[job.spec] = _compare(locked[job.spec], result)
                 shutil.rmtree(job.folder, ignore_errors=True)

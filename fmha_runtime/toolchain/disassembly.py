@@ -9,7 +9,8 @@ from collections import Counter
 
 from .. import config
 from ..errors import ToolchainError
-from .nvcc import tool_output, try_nvcc
+from . import process
+from .nvcc import try_nvcc
 
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 _PTX = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9]*)\b[^\n]*;", re.MULTILINE)
@@ -29,7 +30,7 @@ def disassemble(image: bytes) -> str:
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 file.write(image)
                 file.flush()
-                return tool_output([str(found), *options, file.name])
+                return process.output([str(found), *options, file.name])
     raise ToolchainError(
         "no disassembler: nvdisasm and cuobjdump are neither beside nvcc nor on PATH; install a full CUDA toolkit"
     )

@@ -8,18 +8,21 @@ that it uses, the emulator's core, the compiler and its flags. Another kernel's 
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from functools import cache
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from .. import config
-from ..errors import ArtifactError, BuildError, ToolchainError
-from ..kernels import catalog, sources
+from ..errors import BuildError, ToolchainError
+from ..kernels import cache, catalog, files, sources
 from ..kernels.spec import KernelSpec
 from ..kernels.tile import Tile
+from . import process, publish
+
+_FORM = "sealed"  # of the files; those of earlier versions have another key
 
 
 def library(spec: KernelSpec, tile: Tile | None = None) -> Path:
@@ -47,17 +50,19 @@ def library_of(text: str, name: str, include_dirs: Sequence[Path] | None = None)
     Raises:
         ToolchainError: there is no C++ compiler.
         BuildError: the source does not compile.
-        ArtifactError: a header is missing.
+        ArtifactError: a header is missing, the cache is damaged, or somebody else can write to it.
     """
     twins, kernels = sources.emulator_folders()
     folders = [twins, *(path.resolve() for path in include_dirs or [kernels])]  # the twins stand in for <ptx/...>
     compiler = _compiler()
     runtime = _runtime(compiler, twins)
     code = sources.flattener(*folders, system=True).digest(text)
-    target = config.cache_dir() / "emulator" / f"{name}-{_key(compiler, sources.EMULATOR_FLAGS, runtime.name, code)}.so"
+    key = _key(compiler, sources.EMULATOR_FLAGS, runtime.name, code)
+    target = cache.trusted(config.cache_dir(), cache.EMULATOR) / f"{name}-{key}.so"
     if not target.exists():
-        with _staging(target) as folder:
-            source = Path(folder) / f"{name}.cpp"
+        files.check_seal(runtime)
+        with _scratch() as folder:
+            source = folder / f"{name}.cpp"
             source.write_text(text)
             inputs = [*(f"-I{path}" for path in folders), str(source), str(runtime)]
             _compile(compiler, [*sources.EMULATOR_FLAGS, *inputs], target, folder)
@@ -67,11 +72,11 @@ def library_of(text: str, name: str, include_dirs: Sequence[Path] | None = None)
 def _runtime(compiler: Path, twins: Path) -> Path:
     """The scheduler and the memory model: one object file, linked into every kernel."""
     key = _key(compiler, sources.EMULATOR_CORE_FLAGS, sources.emulator_core())
-    target = config.cache_dir() / "emulator" / f"runtime-{key}.o"
+    target = cache.trusted(config.cache_dir(), cache.EMULATOR) / f"runtime-{key}.o"
     if not target.exists():
-        with _staging(target) as folder:
-            files = [str(path) for path in sorted(twins.glob("*.cpp"))]
-            _compile(compiler, [*sources.EMULATOR_CORE_FLAGS, *files], target, folder)
+        with _scratch() as folder:
+            units = [str(path) for path in sorted(twins.glob("*.cpp"))]
+            _compile(compiler, [*sources.EMULATOR_CORE_FLAGS, *units], target, folder)
     return target
 
 
@@ -86,43 +91,37 @@ def _compiler() -> Path:
     return found
 
 
-@cache
+@lru_cache
 def _version(compiler: Path) -> str:
-    result = subprocess.run([str(compiler), "--version"], capture_output=True, text=True)
-    if result.returncode != 0:
-        raise ToolchainError(
-            f"{compiler} --version failed ({result.stderr.strip()}); set FMHA_HOST_CXX to a C++17 compiler"
-        )
-    return result.stdout
+    try:
+        return process.output([str(compiler), "--version"])
+    except ToolchainError as error:
+        raise ToolchainError(f"{error}; set FMHA_HOST_CXX to a C++17 compiler") from None
 
 
 def _key(compiler: Path, flags: Sequence[str], *parts: str) -> str:
-    text = "\0".join([_version(compiler), *flags, *parts])
+    text = "\0".join([_FORM, _version(compiler), *flags, *parts])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _staging(target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A scratch folder on the file system of the target."""
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    folder = publish.scratch(cache.create(config.cache_dir()))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-")
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write emulated kernels to {target.parent} ({error}); set FMHA_CACHE_DIR to a writable folder",
-            path=target.parent,
-        ) from None
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _compile(compiler: Path, arguments: Sequence[str], target: Path, folder: str) -> None:
+def _compile(compiler: Path, arguments: Sequence[str], target: Path, folder: Path) -> None:
     """Compiles into the folder and publishes by rename, so that nobody ever sees half a file."""
-    output = Path(folder) / target.name
+    output = folder / target.name
     command = [str(compiler), *arguments, "-o", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, env=config.tool_environment())
-    if result.returncode != 0:
-        log = result.stdout + result.stderr
+    result = process.run(command, folder)
+    if result.returncode != 0 or not output.is_file():
         raise BuildError(
-            f"{compiler} could not compile {target.name} for the emulator:\n{log}",
-            command=" ".join(command),
-            log=log,
+            f"{compiler} could not compile {target.name} for the emulator:\n{result.stdout}",
+            command=shlex.join(command),
+            log=result.stdout,
         )
-    os.replace(output, target)
+    files.replace_file(target, files.sealed(output.read_bytes()))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvcc and the host compiler: where they are, whether their parts agree, and how a tool is run."""
+"""nvcc and the host compiler: where they are, and whether their parts agree."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from .. import config
 from ..errors import BuildError, ToolchainError
 from ..kernels.spec import KernelSpec
+from . import process
 
 _RELEASE = re.compile(r"release (\d+\.\d+), V([\d.]+)")
 # The parts of a toolkit from the package index; each is a wheel, so nothing but pip keeps them at one version.
@@ -40,7 +40,10 @@ def find_nvcc() -> Nvcc:
         ToolchainError: there is none, it does not run, or its toolkit is a mix of versions.
     """
     path, origin = _locate_nvcc()
-    found = _RELEASE.search(tool_output([str(path), "--version"]))
+    try:
+        found = _RELEASE.search(process.output([str(path), "--version"]))
+    except ToolchainError as error:
+        raise ToolchainError(f"{error}; set FMHA_NVCC to an nvcc that works") from None
     if found is None:
         raise ToolchainError(
             f"{path} (from {origin}) does not answer --version like an nvcc; set FMHA_NVCC to one that works"
@@ -85,20 +88,6 @@ def command_line(nvcc: Nvcc, cxx: Path, flags: Sequence[str], spec: KernelSpec, 
     return [str(nvcc.path), *flags, "-ccbin", str(cxx), "-I", str(include), *files]
 
 
-def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=config.tool_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-
-
 def try_nvcc() -> tuple[Nvcc | None, ToolchainError]:
     try:
         return find_nvcc(), ToolchainError()
@@ -132,22 +121,12 @@ def _locate_nvcc() -> tuple[Path, str]:
     )
 
 
-def tool_output(command: list[str]) -> str:
-    try:
-        done = run(command, Path.cwd())
-    except OSError as error:
-        raise ToolchainError(f"cannot run {command[0]}: {error.strerror}") from None
-    if done.returncode:
-        raise ToolchainError(f"`{shlex.join(command)}` exited with {done.returncode}:\n{done.stdout.strip()}")
-    return done.stdout
-
-
 def _check_toolkit(nvcc: Path, release: str) -> None:
     """Refuse a toolkit whose parts come from different releases: it fails later, and obscurely."""
     versions = {"nvcc": release}
     ptxas = nvcc.parent / "ptxas"
     if ptxas.is_file():
-        found = _RELEASE.search(tool_output([str(ptxas), "--version"]))
+        found = _RELEASE.search(process.output([str(ptxas), "--version"]))
         versions["ptxas"] = found[1] if found else "unknown"
     # .../site-packages/nvidia/cu13/bin/nvcc: the parts' versions are in the names of their records.
     site = nvcc.parents[3] if nvcc.match("nvidia/*/bin/nvcc") else None

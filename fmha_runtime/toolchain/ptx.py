@@ -6,12 +6,12 @@ from __future__ import annotations
 import shutil
 
 from .. import config
-from ..kernels import catalog, sources
+from ..kernels import cache, catalog, files, sources
 from ..kernels.spec import KernelSpec
 from ..kernels.tile import Tile
-from . import publish
+from . import process, publish
 from .build import digest, ptx_text
-from .nvcc import command_line, failure, find_host_cxx, find_nvcc, run
+from .nvcc import command_line, failure, find_host_cxx, find_nvcc
 
 
 def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:
@@ -22,22 +22,25 @@ def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:
     Raises:
         ToolchainError: it is not in the cache and there is no nvcc.
         BuildError: nvcc refused.
+        ArtifactError: somebody else can write to the cache.
     """
     tile = tile or catalog.tile(spec)
     flags = sources.ptx_flags(spec.arch)
-    path = config.cache_dir() / "ptx" / f"{spec.name}-{digest(spec, tile, flags)[:12]}.ptx"
+    root = config.cache_dir()
+    path = cache.trusted(root, cache.PTX) / f"{spec.name}-{digest(spec, tile, flags)[:12]}.ptx"
     if path.is_file():
+        files.check_file(path)
         return path.read_bytes()
     compiler, cxx = find_nvcc(), find_host_cxx()
-    folder = publish.scratch(config.cache_dir())
+    folder = publish.scratch(cache.create(root))
     try:
         (folder / f"{spec.name}.cu").write_text(sources.render(spec, tile))
         command = command_line(compiler, cxx, (*flags, "-ptx"), spec, "ptx")
-        done = run(command, folder)
+        done = process.run(command, folder)
         if done.returncode:
             raise failure(spec, "nvcc -ptx failed", command, done.stdout)
         text = ptx_text(folder / f"{spec.name}.ptx")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    publish.replace_file(path, text)
+    files.replace_file(path, text)
     return text

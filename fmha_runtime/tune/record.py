@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
+from ..records import UNREADABLE, parsed
 
 SCHEMA = 1
 OK = "ok"
@@ -138,10 +139,10 @@ class TuneRecord:
             kernels = []
             for item in data["kernels"]:
                 item.pop("choice")  # follows from the rest
-                outcomes = tuple(Outcome(**o) for o in item.pop("outcomes"))
-                kernels.append(Tuned(**{**item, "cells": tuple(item["cells"])}, outcomes=outcomes))
+                outcomes = tuple(parsed(Outcome, o) for o in item.pop("outcomes"))
+                kernels.append(replace(parsed(Tuned, {**item, "outcomes": []}), outcomes=outcomes))
             return cls(dict(data["meta"]), tuple(kernels))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise ArtifactError(
                 f"{path} is not a tuning record ({error}); write one with fmha tune --json", path=path
             ) from error

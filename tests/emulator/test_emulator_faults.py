@@ -13,7 +13,7 @@ import pytest
 from helpers.emulator_probe import aligned, fault, run
 
 from fmha_runtime.device.emulator import Order
-from fmha_runtime.errors import ArtifactError, BuildError, EmulatorFault, ToolchainError
+from fmha_runtime.errors import BuildError, EmulatorFault, InputError, ToolchainError
 from fmha_runtime.ops import obtain
 
 pytestmark = pytest.mark.emulator
@@ -316,7 +316,10 @@ def test_source_that_does_not_compile() -> None:
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(ArtifactError, match="set FMHA_CACHE_DIR to a writable folder"):
+    with pytest.raises(InputError, match="is not a folder; set FMHA_CACHE_DIR"):
+        run("")
+    monkeypatch.setenv("FMHA_CACHE_DIR", "/proc/fmha_runtime")  # not even by root
+    with pytest.raises(BuildError, match="set FMHA_CACHE_DIR to a folder that can be written"):
         run("")
 
 

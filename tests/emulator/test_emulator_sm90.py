@@ -602,7 +602,7 @@ def test_both_sides_have_the_same_wgmma() -> None:
     assert methods("fmha") == methods("emulator")
     device = (config.kernel_src() / "fmha" / "ptx" / "wgmma.cuh").read_text()
     sizes = [int(n) for n in re.findall(r"^FMHA_WGMMA_N\((\d+),", device, re.MULTILINE)]
-    assert sizes == list(range(32, 257, 8))
+    assert sizes == list(range(8, 257, 8))
 
 
 EVERY_WRAPPER = """

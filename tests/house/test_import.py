@@ -41,7 +41,7 @@ PUBLIC = "__init__"  # names of the package, each loaded from its home when it i
 DOORS = {
     "cuda.bindings": {"device.driver", "device.tensor_map"},
     "cuda.pathfinder": {"toolchain.nvcc"},
-    "subprocess": {"toolchain.nvcc", "toolchain.gxx"},
+    "subprocess": {"toolchain.process"},
     "click": {"cli.program"},
     "rich": {"cli.program", "cli.progress"},
 }

@@ -93,7 +93,7 @@ def test_list_works_from_the_wheel(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     listing = json.loads(done.stdout)
     assert len(listing["items"]) > 1000
-    assert sum(item["verified"]["state"] == "verified" for item in listing["items"]) > 1000
+    assert sum(item["verified"]["state"] == "verified" for item in listing["items"]) > 400
     assert not (tmp_path / "cache").exists()
 
 

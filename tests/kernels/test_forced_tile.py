@@ -194,7 +194,7 @@ def test_a_cubin_of_a_forced_tile_is_built_once(own_cache, fake_nvcc, loaded: li
 
 
 def test_experiments_may_spill_and_the_catalogues_kernels_not(own_cache, fake_nvcc, loaded, monkeypatch) -> None:
-    fake_nvcc.write(spills=24)
+    fake_nvcc.write(version=catalog.PROVEN_NVCC, spills=24)
     tile = forced_tile.parse(SMALL, "64x32 w4 s2 c1")
     obtain.kernel(SMALL, tile=tile)
     monkeypatch.setattr(catalog, "tile", lambda spec: tile)  # somebody makes it the catalogue's

@@ -12,9 +12,9 @@ from helpers.artefacts import OTHER, SMALL
 
 from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
-from fmha_runtime.kernels import catalog, manifest, sources, store
+from fmha_runtime.kernels import cache, catalog, manifest, sources, store
 from fmha_runtime.kernels.tile import Tile
-from fmha_runtime.toolchain import build, publish
+from fmha_runtime.toolchain import build
 
 pytestmark = pytest.mark.usefixtures("own_cache", "fake_nvcc")
 
@@ -239,7 +239,7 @@ def test_an_entry_of_another_version_is_passed_over(row):
     assert store.find(SMALL) is None
     assert store.state(SMALL).word == "not built"
     assert store.rows()[1] == []
-    assert publish.clean(config.cache_dir())[0] == 1
+    assert len(cache.sweep(config.cache_dir()).removed) == 1
 
 
 def test_an_entry_of_another_kernel_is_refused(row):

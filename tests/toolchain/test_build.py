@@ -9,18 +9,22 @@ import json
 import re
 
 import pytest
-from helpers import artefacts
+from click.testing import CliRunner
+from helpers import ROOT, artefacts
 from helpers.artefacts import OTHER, SMALL
+from packaging.requirements import Requirement
 from rich.console import Console
 
 from fmha_runtime import config
+from fmha_runtime.cli import program as cli
 from fmha_runtime.cli.progress import BuildProgress
 from fmha_runtime.errors import ArtifactError, BuildError, InputError, ToolchainError
-from fmha_runtime.kernels import catalog, code_hash, manifest, sources, store
+from fmha_runtime.kernels import cache, catalog, code_hash, manifest, sources, store
 from fmha_runtime.kernels.forward import tiles
 from fmha_runtime.kernels.spec import KernelSpec
 from fmha_runtime.kernels.tile import Tile
-from fmha_runtime.toolchain import build, disassembly, nvcc, ptx, publish
+from fmha_runtime.ops import obtain
+from fmha_runtime.toolchain import build, disassembly, nvcc, ptx
 
 
 def leftovers(root):
@@ -96,15 +100,38 @@ class TestWithAPretendedCompiler:
         assert store.find(SMALL) is None
 
     def test_spills_fail_the_kernel(self):
-        self.nvcc.write(spills=24)
+        self.nvcc.write(version=catalog.PROVEN_NVCC, spills=24)
         result = build.build([SMALL])[0]
         assert result.status == "failed"
-        assert "48 bytes of spills at 100 registers, 0 allowed" in str(result.error)
+        assert "48 bytes of spills where 0 are allowed, at 100 registers" in str(result.error)
         assert store.find(SMALL) is None
+
+    def test_spills_that_another_compiler_adds_are_a_warning(self):
+        self.nvcc.write(version="13.5.37", spills=24)
+        spilling, other = build.build([SMALL, OTHER])
+        assert (spilling.status, spilling.row.spill_bytes) == ("built", 48)
+        for word in (SMALL.name, "nvcc 13.5.37", "48 bytes", catalog.PROVEN_NVCC):
+            assert word in spilling.warning
+        assert OTHER.name in other.warning
+        assert store.find(SMALL) == spilling.row, "it serves"
+
+    def test_a_warning_is_shown_and_counted(self):
+        self.nvcc.write(version="13.5.37", spills=24)
+        run = CliRunner().invoke(cli.main, ["build", SMALL.name, "--json"])
+        assert run.exit_code == 0
+        assert f"warning: {SMALL.name}: nvcc 13.5.37 leaves 48 bytes of spills where 0 are allowed" in run.stderr
+        assert "1 with more spills than the catalogue allows" in run.stderr
+        assert "13.5.37" in json.loads(run.stdout)["items"][0]["warning"]
+
+    def test_a_build_on_demand_warns(self, monkeypatch):
+        monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")
+        self.nvcc.write(version="13.5.37", spills=24)
+        with pytest.warns(RuntimeWarning, match=rf"{SMALL.name}: nvcc 13\.5\.37"):
+            obtain.image(SMALL)
 
     def test_spills_that_the_catalogue_allows(self, monkeypatch):
         monkeypatch.setitem(tiles.ALLOWED_SPILLS, SMALL.name, (48, "a test"))
-        self.nvcc.write(spills=24)
+        self.nvcc.write(version=catalog.PROVEN_NVCC, spills=24)
         result = build.build([SMALL])[0]
         assert (result.status, result.row.spill_bytes) == ("built", 48)
 
@@ -179,9 +206,8 @@ class TestWithAPretendedCompiler:
         with pytest.raises(ToolchainError, match=r"no-such-compiler.*install g\+\+.*FMHA_HOST_CXX"):
             build.build([SMALL])
 
-    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("FMHA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    def test_a_cache_that_cannot_be_written(self, monkeypatch):
+        monkeypatch.setenv("FMHA_CACHE_DIR", "/proc/fmha_runtime")  # not even by root
         with pytest.raises(BuildError, match="set FMHA_CACHE_DIR"):
             build.build([SMALL])
 
@@ -211,11 +237,11 @@ class TestWithAPretendedCompiler:
         broken = build.build([OTHER])[0].row.path
         broken.write_bytes(b"")
         ptx.compile_ptx(SMALL)
-        folders, size = publish.clean(self.cache)
-        assert (folders, size > 0) == (2, True)
+        swept = cache.sweep(self.cache)
+        assert (len(swept.removed), swept.size > 0) == (2, True)
         assert good.exists() and not old.exists() and not broken.exists()
-        publish.clean(self.cache, everything=True)
-        assert list(self.cache.iterdir()) == []
+        cache.sweep(self.cache, everything=True)
+        assert {path.name for path in self.cache.rglob("*")} == {cache.MARKER, cache.PTX}
 
     def test_progress_in_a_log_is_plain_lines(self):
         self.nvcc.write(failing=OTHER.name)
@@ -290,6 +316,22 @@ class TestFindingTheCompiler:
             disassembly.disassemble(b"")
 
 
+class TestTheProvenCompiler:
+    def test_it_is_the_manifests(self):
+        assert {row.nvcc for row in manifest.read(config.package_root())[0]} == {catalog.PROVEN_NVCC}
+
+    def test_it_is_what_is_installed(self):
+        """nvcc 13.0.88 is in the index's toolkits 13.0.2 and 13.0.3, which are what versions of torch ask for."""
+        extra = re.search(r"^build = \[\"(cuda-toolkit[^\"]*)\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        made = re.search(r"^TOOLKIT \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert extra[1] == made[1]
+        wanted = Requirement(extra[1])
+        assert [v for v in ("13.0.1", "13.0.2", "13.0.3.0", "13.1.0", "13.5.0", "12.8.2") if v in wanted.specifier] == [
+            "13.0.2", "13.0.3.0",
+        ]  # fmt: skip
+        assert wanted.extras == {"nvcc", "nvvm", "crt", "cudart", "cccl"}
+
+
 def test_instruction_mix():
     sass = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00 */
@@ -345,7 +387,7 @@ class TestWithTheRealCompiler:
         result = build.build([SMALL])[0]
         assert result.status == "failed"
         assert "blocks/mask.cuh" in str(result.error) and "error" in result.log
-        assert list(self.cache.iterdir()) == []
+        assert [path.name for path in self.cache.iterdir()] == [cache.MARKER]
 
     def test_a_disagreement_about_shared_memory_does_not_compile(self, monkeypatch):
         true = catalog.smem_bytes

@@ -18,7 +18,7 @@ from helpers.artefacts import OTHER, SMALL
 
 import fmha_runtime
 from fmha_runtime.errors import BuildError
-from fmha_runtime.kernels import manifest, store
+from fmha_runtime.kernels import cache, manifest, store
 from fmha_runtime.toolchain import build, publish
 
 # Prints the SHA-256 of the image that this process would launch.
@@ -73,9 +73,9 @@ def test_sixteen_cold_builders_one_of_them_killed(own_cache, fake_nvcc):
         assert len(list(own_cache.glob(f"{spec.name}-*"))) == 1
     # What the victim left is invisible, and goes once it is too old to belong to anybody.
     (rest,) = own_cache.glob(".tmp-*")
-    assert publish.clean(own_cache) == (0, 0)
+    assert cache.sweep(own_cache).removed == ()
     os.utime(rest, (0, 0))
-    assert publish.clean(own_cache)[0] == 1
+    assert len(cache.sweep(own_cache).removed) == 1
     assert not rest.exists()
 
 

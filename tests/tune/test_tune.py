@@ -326,7 +326,7 @@ def test_the_dry_run_lists_without_a_gpu() -> None:
 
 
 def test_builds_are_variants_in_the_cache(own_cache: Path, fake_nvcc: Any) -> None:
-    fake_nvcc.write(spills=8)
+    fake_nvcc.write(version=catalog.PROVEN_NVCC, spills=8)
     result = fmha("--build-only", "--tile", "64x32 w4 s2 c1", SMALL.name)
     assert result.exit_code == 0, result.stderr
     assert "64x32 w4 s2 c1  100 registers, 16 bytes of spills" in result.stdout
