@@ -59,8 +59,9 @@ format: $(VENV)/lint
 kernels: $(VENV)/ready
 	$(BIN)/fmha build --into cubins
 
+# Into the package: the tests have a cache of their own.
 gpu-test: $(VENV)/ready
-	$(BIN)/fmha build --arch sm90 --arch sm90a
+	$(BIN)/fmha build --into cubins --arch sm90 --arch sm90a
 	$(BIN)/python -m pytest -m gpu tests
 
 gpu-verify: $(VENV)/ready

@@ -85,6 +85,8 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         return {key: _value(inner[1], each, f"{name}[{key}]") for key, each in value.items()}
     if origin is tuple and isinstance(value, list):
         return tuple(_value(inner[0], each, name) for each in value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return parsed(kind, value)
     if kind is str and isinstance(value, str):
         return value
     if kind in (int, float) and type(value) in (int, kind) and math.isfinite(value) and value >= 0:

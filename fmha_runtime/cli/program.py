@@ -538,9 +538,9 @@ def cache_prune(dry_run: bool) -> None:
 
 
 def _sweep(everything: bool, dry_run: bool) -> None:
-    from ..kernels import cache as files
+    from ..kernels.cache import sweep
 
-    swept = files.sweep(config.cache_dir(), everything=everything, dry_run=dry_run)
+    swept = sweep(config.cache_dir(), everything=everything, dry_run=dry_run)
     _print(report.sweep_lines(swept) if dry_run else [])
     _say("\n".join(report.sweep_totals(swept, dry_run)))
     if swept.failed:

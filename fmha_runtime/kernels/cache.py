@@ -73,11 +73,15 @@ def create(root: Path) -> Path:
         files.check_folder(root, "FMHA_CACHE_DIR")
         _mark(root)
     except OSError as error:
-        raise BuildError(
-            f"cannot write built kernels to {root} ({error.strerror}); "
-            "set FMHA_CACHE_DIR to a folder that can be written"
-        ) from None
+        raise unwritable(root, error) from None
     return root
+
+
+def unwritable(root: Path, error: OSError) -> BuildError:
+    """What to raise when the kernels of a root cannot be written."""
+    return BuildError(
+        f"cannot write built kernels to {root} ({error.strerror}); set FMHA_CACHE_DIR to a folder that can be written"
+    )
 
 
 def trusted(root: Path, part: str) -> Path:

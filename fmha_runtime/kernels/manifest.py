@@ -29,7 +29,7 @@ SCHEMA = 2
 FOLDER = "manifest"
 ROW = "row.json"
 PACKAGE = "package"
-"""``root`` of the rows that this release has: what they say counts (store.by_the_manifest)."""
+"""``root`` of the rows that this release has: what they say counts (store.contradicts)."""
 ENTRY = re.compile(r"(fmha_\w+)-[0-9a-f]{12}")
 """The name of a build's folder in a cache: the kernel's, and the key of what was compiled."""
 _OLD = "manifest.json"  # of schema 1: one table for everything

@@ -251,12 +251,12 @@ def _check_root(label: str, root: Path, spec: KernelSpec | None) -> None:
 def _entries(root: Path, spec: KernelSpec | None) -> list[Path]:
     """The folders of builds in a root, of one kernel or of all. What else lies there is nobody's business."""
     try:
-        names = sorted(os.listdir(root))
+        names = os.listdir(root)
     except OSError:
         return []
     begin = "fmha_" if spec is None else f"{spec.name}-"
-    mine = (root / name for name in names if name.startswith(begin) and manifest.ENTRY.fullmatch(name))
-    return [folder for folder in mine if os.path.isfile(folder / manifest.ROW)]
+    mine = sorted(name for name in names if name.startswith(begin) and manifest.ENTRY.fullmatch(name))
+    return [root / name for name in mine if os.path.isfile(root / name / manifest.ROW)]
 
 
 def _version(text: str) -> tuple[int, ...]:

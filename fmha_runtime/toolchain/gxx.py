@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,7 +59,7 @@ def library_of(text: str, name: str, include_dirs: Sequence[Path] | None = None)
     target = cache.trusted(config.cache_dir(), cache.EMULATOR) / f"{name}-{key}.so"
     if not target.exists():
         files.check_seal(runtime)
-        with _scratch() as folder:
+        with publish.workspace() as folder:
             source = folder / f"{name}.cpp"
             source.write_text(text)
             inputs = [*(f"-I{path}" for path in folders), str(source), str(runtime)]
@@ -74,7 +72,7 @@ def _runtime(compiler: Path, twins: Path) -> Path:
     key = _key(compiler, sources.EMULATOR_CORE_FLAGS, sources.emulator_core())
     target = cache.trusted(config.cache_dir(), cache.EMULATOR) / f"runtime-{key}.o"
     if not target.exists():
-        with _scratch() as folder:
+        with publish.workspace() as folder:
             units = [str(path) for path in sorted(twins.glob("*.cpp"))]
             _compile(compiler, [*sources.EMULATOR_CORE_FLAGS, *units], target, folder)
     return target
@@ -102,15 +100,6 @@ def _version(compiler: Path) -> str:
 def _key(compiler: Path, flags: Sequence[str], *parts: str) -> str:
     text = "\0".join([_FORM, _version(compiler), *flags, *parts])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    folder = publish.scratch(cache.create(config.cache_dir()))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compile(compiler: Path, arguments: Sequence[str], target: Path, folder: Path) -> None:

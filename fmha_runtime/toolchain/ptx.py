@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from .. import config
 from ..kernels import cache, catalog, files, sources
 from ..kernels.spec import KernelSpec
@@ -26,21 +24,17 @@ def compile_ptx(spec: KernelSpec, tile: Tile | None = None) -> bytes:
     """
     tile = tile or catalog.tile(spec)
     flags = sources.ptx_flags(spec.arch)
-    root = config.cache_dir()
-    path = cache.trusted(root, cache.PTX) / f"{spec.name}-{digest(spec, tile, flags)[:12]}.ptx"
+    path = cache.trusted(config.cache_dir(), cache.PTX) / f"{spec.name}-{digest(spec, tile, flags)[:12]}.ptx"
     if path.is_file():
         files.check_file(path)
         return path.read_bytes()
     compiler, cxx = find_nvcc(), find_host_cxx()
-    folder = publish.scratch(cache.create(root))
-    try:
+    with publish.workspace() as folder:
         (folder / f"{spec.name}.cu").write_text(sources.render(spec, tile))
         command = command_line(compiler, cxx, (*flags, "-ptx"), spec, "ptx")
         done = process.run(command, folder)
         if done.returncode:
             raise failure(spec, "nvcc -ptx failed", command, done.stdout)
         text = ptx_text(folder / f"{spec.name}.ptx")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     files.replace_file(path, text)
     return text

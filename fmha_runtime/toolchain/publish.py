@@ -12,11 +12,12 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import ArtifactError, BuildError
-from ..kernels import catalog, files, manifest
+from .. import config
+from ..errors import ArtifactError
+from ..kernels import cache, catalog, files, manifest
 from ..kernels.manifest import KernelRow
 
 
@@ -30,10 +31,17 @@ def scratch(root: Path) -> Path:
         files.make_folder(root)
         return Path(tempfile.mkdtemp(prefix=files.SCRATCH, dir=root))
     except OSError as error:
-        raise BuildError(
-            f"cannot write built kernels to {root} ({error.strerror}); "
-            "set FMHA_CACHE_DIR to a folder that can be written"
-        ) from None
+        raise cache.unwritable(root, error) from None
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A scratch folder in the cache, which goes again. Raises what ``cache.create`` and ``scratch`` do."""
+    folder = scratch(cache.create(config.cache_dir()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ class TuneRecord:
             kernels = []
             for item in data["kernels"]:
                 item.pop("choice")  # follows from the rest
-                outcomes = tuple(parsed(Outcome, o) for o in item.pop("outcomes"))
-                kernels.append(replace(parsed(Tuned, {**item, "outcomes": []}), outcomes=outcomes))
+                kernels.append(parsed(Tuned, item))
             return cls(dict(data["meta"]), tuple(kernels))
         except UNREADABLE as error:
             raise ArtifactError(
