@@ -55,7 +55,9 @@ def dense():
 def test_dense_as_sdpa():
     q, k, v = dense()
     ours = counted(fmha.attention, q, k, v, causal=True)
-    assert ours == counted(lambda q, k, v: sdpa(q.float(), k.float(), v.float()), *(x.transpose(1, 2) for x in (q, k, v)))
+    assert ours == counted(
+        lambda q, k, v: sdpa(q.float(), k.float(), v.float()), *(x.transpose(1, 2) for x in (q, k, v))
+    )
     assert ours == by_torch([S] * B, [T] * B) == 2 * B * H * S * T * (D + DV)
     assert counted(fmha.attention, q, k, v, window=(3, 3), out=half(B, S, H, DV)) == ours
     assert counted(fmha.attention, q, k[:, :, :2], v[:, :, :2]) == ours, "queries share heads of keys"
@@ -85,7 +87,9 @@ def test_caches():
     assert counted(fmha.attention_with_kvcache, q, pool_k, pool_v, **options) == want
     cu = ints(0, 1, 1, 8)
     options |= {"cu_seqlens_q": cu, "max_seqlen_q": 7}
-    assert counted(fmha.attention_with_kvcache, half(8, H, D), pool_k, pool_v, **options) == by_torch([1, 0, 7], [32, 3, 32])
+    assert counted(fmha.attention_with_kvcache, half(8, H, D), pool_k, pool_v, **options) == by_torch(
+        [1, 0, 7], [32, 3, 32]
+    )
 
 
 def test_lengths_that_cannot_be_read_count_as_their_bounds():
@@ -99,8 +103,9 @@ def test_lengths_that_cannot_be_read_count_as_their_bounds():
 
 
 def test_compiled_calls_are_counted():
+    """torch runs what it compiled as plain Python while a mode counts, so fullgraph=True would refuse here."""
     q, k, v = dense()
-    compiled = torch.compile(fmha.attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fmha.attention, backend="aot_eager")
     compiled(q, k, v)
     assert counted(compiled, q, k, v) == by_torch([S] * B, [T] * B)
 
