@@ -12,10 +12,10 @@ FlashAttention does. One difference is left: the log-sum-exp of a query that see
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from . import kvcache, shared, varlen
-from .installation import install as install
+from . import installation, kvcache, shared, varlen
 from .installation import uninstall as uninstall
 
 if TYPE_CHECKING:
@@ -261,6 +261,25 @@ def flash_attn_with_kvcache(
         rotary_interleaved=rotary_interleaved, further=further, lse=return_softmax_lse,
     )  # fmt: skip
     return (out, lse) if return_softmax_lse else out
+
+
+def install(*, fa3: bool = False, device: str | None = None, force: bool = False) -> None:
+    """``import flash_attn`` means these functions from now on, in this process; ``uninstall()`` undoes it.
+
+    Modules: ``flash_attn`` (with ``__version__``), ``flash_attn.flash_attn_interface``, ``flash_attn.bert_padding``,
+    ``flash_attn.layers.rotary`` and ``flash_attn.ops.triton.rotary``. Libraries that ask pip for the flash-attn package
+    (transformers does) still see none.
+
+    Args:
+        fa3: also FlashAttention 3's module, under both of its names: ``flash_attn_interface`` and
+            ``flash_attn_3.flash_attn_interface``. Off by default: much code prefers it when it finds it.
+        device: passed to every call; ``"emulator"`` runs CPU tensors through the kernels themselves.
+        force: replace a flash_attn that was imported already. Names that others imported from it keep the old one.
+
+    Raises:
+        FmhaError: a real flash_attn was imported already.
+    """
+    installation.put(sys.modules[__name__], fa3=fa3, device=device, force=force)
 
 
 def _result(found: tuple[torch.Tensor, Any], probs: bool, further: dict[str, Any]) -> Any:

@@ -14,22 +14,8 @@ from . import bert_padding, shared
 _replaced: dict[str, ModuleType | None] = {}  # what install() found in sys.modules under the names that it took
 
 
-def install(*, fa3: bool = False, device: str | None = None, force: bool = False) -> None:
-    """``import flash_attn`` means these functions from now on, in this process; ``uninstall()`` undoes it.
-
-    Modules: ``flash_attn`` (with ``__version__``), ``flash_attn.flash_attn_interface``, ``flash_attn.bert_padding``,
-    ``flash_attn.layers.rotary`` and ``flash_attn.ops.triton.rotary``. Libraries that ask pip for the flash-attn package
-    (transformers does) still see none.
-
-    Args:
-        fa3: also FlashAttention 3's module, under both of its names: ``flash_attn_interface`` and
-            ``flash_attn_3.flash_attn_interface``. Off by default: much code prefers it when it finds it.
-        device: passed to every call; ``"emulator"`` runs CPU tensors through the kernels themselves.
-        force: replace a flash_attn that was imported already. Names that others imported from it keep the old one.
-
-    Raises:
-        FmhaError: a real flash_attn was imported already.
-    """
+def put(interface: ModuleType, *, fa3: bool, device: str | None, force: bool) -> None:
+    """``install`` of ``interface``, the module of FlashAttention 2's functions. Raises FmhaError: see there."""
     uninstall()
     taken = {"flash_attn", *(("flash_attn_interface", "flash_attn_3") if fa3 else ())}
     real = [name for name in sys.modules if name.partition(".")[0] in taken]
@@ -38,7 +24,7 @@ def install(*, fa3: bool = False, device: str | None = None, force: bool = False
             f"{', '.join(sorted(real))} was imported already: call install() before whatever imports it, or "
             "install(force=True) to replace it for imports from now on"
         )
-    ours = _version_2() + (_version_3() if fa3 else [])
+    ours = _version_2(interface) + (_version_3() if fa3 else [])
     for name in {*real, *(module.__name__ for module in ours)}:
         _replaced[name] = sys.modules.pop(name, None)
     for module in ours:
@@ -59,16 +45,16 @@ def uninstall() -> None:
     shared.device = None
 
 
-def _version_2() -> list[ModuleType]:
-    from . import flash_attn, rotary
+def _version_2(interface: ModuleType) -> list[ModuleType]:
+    from . import rotary
 
-    package = _module("flash_attn", flash_attn, flash_attn.FUNCTIONS, package=True)
-    package.__dict__["__version__"] = flash_attn.VERSION
+    package = _module("flash_attn", interface, interface.FUNCTIONS, package=True)
+    package.__dict__["__version__"] = interface.VERSION
     padding = _module("flash_attn.bert_padding", bert_padding, bert_padding.FUNCTIONS)
     padding.__dict__["__getattr__"] = bert_padding.__getattr__
     return [
         package,
-        _module("flash_attn.flash_attn_interface", flash_attn, flash_attn.FUNCTIONS),
+        _module("flash_attn.flash_attn_interface", interface, interface.FUNCTIONS),
         padding,
         _module("flash_attn.layers", rotary, (), package=True),
         _module("flash_attn.layers.rotary", rotary, (*rotary.LAYERS, "apply_rotary")),
