@@ -12,6 +12,7 @@
 The public calls choose an operator by themselves while something traces; an eager call goes past the dispatcher, which
 would cost it microseconds. An operator always returns (out, lse), the ``_out`` ones lse; a log-sum-exp that was not
 asked for has no elements. All checks of the calls happen when an operator runs; its fake kernel only knows shapes.
+``flops.py`` says what torch's FlopCounterMode counts for them.
 
 No operator but merge has a backward: their Autograd kernel refuses inputs that require a gradient, so that a compiled
 call cannot detach one silently. Importing this module does nothing; ``define`` does, once per process.
@@ -27,6 +28,7 @@ from ..errors import UnsupportedProblem
 from ..ops.forward.plan import NO_BACKWARD
 from ..problem import kinds
 from ..problem.packed_mask import PackedMask
+from . import flops
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +70,7 @@ def define(run: Callable[..., Any], merge: Callable[..., Any]) -> None:
 
     with _lock:
         if _library is not None:
+            flops.teach()
             return
         library = torch.library.Library(NAMESPACE, "DEF")
         for name, tensors in _TENSORS.items():
@@ -81,6 +84,8 @@ def define(run: Callable[..., Any], merge: Callable[..., Any]) -> None:
         torch.library.register_autograd(
             f"{NAMESPACE}::merge", _merge_backward, setup_context=_merge_context, lib=library
         )
+        flops.register(getattr(torch.ops, NAMESPACE))
+        flops.teach()
         _library = library
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashAttention 2's functions on this library: signatures, layouts and alignment of ``flash_attn`` 2.8, forward only.
 
-Keywords of FlashAttention 3 are taken where they mean the same here; what changes the result and has no kernel is
-refused by name. ``deterministic`` and ``num_splits`` are hints that the result does not depend on. Head dims without a
-kernel are padded with zeros, as FlashAttention does (not those of caches). One difference is left: the log-sum-exp
-of a query that sees no key is -inf, as in FlashAttention 3; version 2 says +inf.
+Keywords of FlashAttention 3 and of vLLM's fork (``out``, ``return_softmax_lse``, ``s_aux``, ``fa_version``) are taken
+where they mean the same here; what changes the result and has no kernel is refused by name. ``deterministic`` and
+``num_splits`` are hints that the result does not depend on. Head dims without a kernel are padded with zeros, as
+FlashAttention does. One difference is left: the log-sum-exp of a query that sees no key is -inf, as in FlashAttention
+3; version 2 says +inf.
 
 ``install()`` puts this into ``sys.modules`` as ``flash_attn``, so that code which imports that runs unchanged.
 """
@@ -12,22 +13,20 @@ of a query that sees no key is -inf, as in FlashAttention 3; version 2 says +inf
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FmhaError
-from . import bert_padding, flash_attn_3, kvcache, shared
+from . import installation, kvcache, shared, varlen
+from .installation import uninstall as uninstall
 
 if TYPE_CHECKING:
     import torch
 
-    Window = tuple[int | None, int | None]
+    Window = tuple[int | None, int | None] | None
 
 VERSION = "2.8.3"
 """The version of flash_attn whose interface this is."""
 
-_FUNCTIONS = (
+FUNCTIONS = (
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -57,19 +56,21 @@ def flash_attn_func(
     Args:
         window_size: (left, right) keys around the bottom-right diagonal, -1 = unlimited; causal sets right to 0.
         deterministic: the forward pass always is.
-        further: keywords of FlashAttention 3.
+        further: keywords of FlashAttention 3 and vLLM, among them out [B, Sq, H, Dv], which is written and returned.
 
     Returns:
-        out [B, Sq, H, Dv], or with return_attn_probs (out, softmax_lse [B, H, Sq], an empty S_dmask).
+        out [B, Sq, H, Dv], or with return_attn_probs (out, softmax_lse [B, H, Sq], an empty S_dmask: there are
+        probabilities with dropout only, there as here), or with return_softmax_lse (out, softmax_lse).
 
     Raises:
         UnsupportedProblem: dropout, gradients, or another option that no kernel computes.
     """
     chosen = shared.options(
-        "flash_attn_func", further, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
+        "flash_attn_func", q, further, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    return _result(*shared.attend(q, k, v, chosen, lse=return_attn_probs))
+    lse = bool(return_attn_probs or further.get("return_softmax_lse"))
+    return _result(shared.attend(q, k, v, chosen, lse=lse, out=further.get("out")), return_attn_probs, further)
 
 
 def flash_attn_kvpacked_func(
@@ -117,9 +118,9 @@ def flash_attn_varlen_func(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -133,36 +134,30 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Attention of packed sequences: q [Tq, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv], cu_seqlens int32 [B + 1].
 
+    vLLM's form goes in by name: ``block_table`` with ``seqused_k`` and no ``cu_seqlens_k``, ``out=``, ``s_aux=``.
+
     Args:
-        block_table: [B, pages of a sequence] int32; k and v are pools [pages, page, Hk, D] then, and only the
-            differences of cu_seqlens_k count.
-        further: keywords of FlashAttention 3, among them seqused_k [B].
+        max_seqlen_q, max_seqlen_k: ints, or tensors, which are read. Over pages only max_seqlen_q counts.
+        block_table: [B, pages of a sequence] int32; k and v are pools [pages, page, Hk, D] then, and lengths are
+            seqused_k, or the differences of cu_seqlens_k. Lengths past the table: see ``flash_attn_with_kvcache``.
+        further: keywords of FlashAttention 3 and vLLM: seqused_k [B], out [Tq, H, Dv], s_aux [H] (sinks).
 
     Returns:
-        out [Tq, H, Dv], or with return_attn_probs (out, softmax_lse [H, Tq], an empty S_dmask).
+        out [Tq, H, Dv], or with return_attn_probs (out, softmax_lse [H, Tq], an empty S_dmask), or with
+        return_softmax_lse (out, softmax_lse).
 
     Raises:
-        UnsupportedProblem: as ``flash_attn_func``.
+        UnsupportedProblem: as ``flash_attn_func``; InputError: too few arguments.
     """
     chosen = shared.options(
-        "flash_attn_varlen_func", further, ("seqused_k",), dropout_p=dropout_p, softmax_scale=softmax_scale,
+        "flash_attn_varlen_func", q, further, ("seqused_k",), dropout_p=dropout_p, softmax_scale=softmax_scale,
         causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    # Lengths come as ints, or as tensors that they are read from (which waits for the device).
-    longest = int(max_seqlen_q), int(max_seqlen_k)
-    used = further.get("seqused_k")
-    if block_table is None:
-        found = shared.attend(
-            q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, *longest, seqused_k=used, lse=return_attn_probs
-        )
-    else:
-        found = kvcache.attend(
-            q, k, v, None, None, chosen, rotary_cos=None, rotary_sin=None,
-            cache_seqlens=cu_seqlens_k.diff() if used is None else used, cache_batch_idx=None, cache_leftpad=None,
-            table=block_table, rotary_interleaved=True,
-            further={"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest[0]}, lse=return_attn_probs,
-        )  # fmt: skip
-    return _result(*found)
+    found = varlen.attend(
+        q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, used=further.get("seqused_k"),
+        table=block_table, lse=bool(return_attn_probs or further.get("return_softmax_lse")), out=further.get("out"),
+    )  # fmt: skip
+    return _result(found, return_attn_probs, further)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -239,12 +234,15 @@ def flash_attn_with_kvcache(
         k, v: [B, Sn, Hk, D]: new keys and values; q and k are rotated first where rotary_cos and rotary_sin are given.
         rotary_cos, rotary_sin: [positions, rotary_dim / 2]. Key i stands at cache_seqlens[b] + i, and so does query i
             of a causal or windowed call; else all queries stand at cache_seqlens[b].
-        cache_seqlens: int32 [B] or an int: keys in the cache before the new ones. None: it is full.
+        cache_seqlens: int32 [B] or an int: keys in the cache before the new ones. None: it is full. Lengths for which
+            the cache or the block table has no room are an InputError where the host knows them (an int, CPU tensors).
+            On a GPU they are never read on the host: they count as the room, and new keys behind it are not written.
         cache_batch_idx: int32 [B]: the row of the cache of each sequence.
         cache_leftpad: int32 [B]: where each sequence starts in its row.
         block_table: int32 [B, pages of a sequence]; the caches are pools [pages, page, Hk, D] then.
         num_splits: a hint.
-        further: keywords of FlashAttention 3, among them page_table, cu_seqlens_q, max_seqlen_q, cu_seqlens_k_new.
+        further: keywords of FlashAttention 3 and vLLM, among them page_table, cu_seqlens_q, max_seqlen_q,
+            cu_seqlens_k_new, out.
 
     Returns:
         out [B, Sq, H, Dv], or (out, softmax_lse [B, H, Sq]).
@@ -253,7 +251,7 @@ def flash_attn_with_kvcache(
         UnsupportedProblem: as ``flash_attn_func``; InputError: arguments that contradict each other.
     """
     chosen = shared.options(
-        "flash_attn_with_kvcache", further, kvcache.FURTHER, softmax_scale=softmax_scale, causal=causal,
+        "flash_attn_with_kvcache", q, further, kvcache.FURTHER, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     out, lse = kvcache.attend(
@@ -265,63 +263,28 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _result(out: torch.Tensor, lse: torch.Tensor | None) -> Any:
-    """FlashAttention 2 fills S_dmask with dropout only; it is empty here, as there."""
-    return out if lse is None else (out, lse, out.new_empty(0))
-
-
-_replaced: dict[str, ModuleType | None] = {}  # what install() found in sys.modules under the names that it took
-
-
 def install(*, fa3: bool = False, device: str | None = None, force: bool = False) -> None:
-    """``import flash_attn`` means this module from now on, in this process; ``uninstall()`` undoes it.
+    """``import flash_attn`` means these functions from now on, in this process; ``uninstall()`` undoes it.
 
-    Modules: ``flash_attn`` (with ``__version__``), ``flash_attn.flash_attn_interface``, ``flash_attn.bert_padding``.
-    Libraries that ask pip for the flash-attn package (transformers does) still see none.
+    Modules: ``flash_attn`` (with ``__version__``), ``flash_attn.flash_attn_interface``, ``flash_attn.bert_padding``,
+    ``flash_attn.layers.rotary`` and ``flash_attn.ops.triton.rotary``. Libraries that ask pip for the flash-attn package
+    (transformers does) still see none.
 
     Args:
-        fa3: also ``flash_attn_interface``, FlashAttention 3's module. Off by default: much code prefers it when it
-            finds it.
+        fa3: also FlashAttention 3's module, under both of its names: ``flash_attn_interface`` and
+            ``flash_attn_3.flash_attn_interface``. Off by default: much code prefers it when it finds it.
         device: passed to every call; ``"emulator"`` runs CPU tensors through the kernels themselves.
         force: replace a flash_attn that was imported already. Names that others imported from it keep the old one.
 
     Raises:
         FmhaError: a real flash_attn was imported already.
     """
-    uninstall()
-    names = ["flash_attn", *(["flash_attn_interface"] if fa3 else [])]
-    real = [name for name in sys.modules if name in names or name.startswith("flash_attn.")]
-    if real and not force:
-        raise FmhaError(
-            f"{', '.join(sorted(real))} was imported already: call install() before whatever imports it, or "
-            "install(force=True) to replace it for imports from now on"
-        )
-    interface = _module("flash_attn.flash_attn_interface", sys.modules[__name__], _FUNCTIONS)
-    padding = _module("flash_attn.bert_padding", bert_padding, tuple(vars(bert_padding)))
-    package = _module("flash_attn", sys.modules[__name__], _FUNCTIONS)
-    package.__path__ = []  # a package: a module of it that is not here is a ModuleNotFoundError
-    package.__dict__.update(__version__=VERSION, flash_attn_interface=interface, bert_padding=padding)
-    ours = [package, interface, padding]
-    if fa3:
-        ours.append(_module("flash_attn_interface", flash_attn_3, flash_attn_3.FUNCTIONS))
-    for name in {*real, *(module.__name__ for module in ours)}:
-        _replaced[name] = sys.modules.pop(name, None)
-    sys.modules.update((module.__name__, module) for module in ours)
-    shared.device = device
+    installation.put(sys.modules[__name__], fa3=fa3, device=device, force=force)
 
 
-def uninstall() -> None:
-    """Puts back what ``install()`` found. Without an installation it does nothing."""
-    for name, before in _replaced.items():
-        sys.modules.pop(name, None)
-        if before is not None:
-            sys.modules[name] = before
-    _replaced.clear()
-    shared.device = None
-
-
-def _module(name: str, source: ModuleType, names: tuple[str, ...]) -> ModuleType:
-    module = ModuleType(name, f"{name} by fmha_runtime.compat.\n\n{source.__doc__}")
-    module.__spec__ = ModuleSpec(name, None, is_package=name == "flash_attn")  # importlib.util.find_spec looks at it
-    module.__dict__.update((each, getattr(source, each)) for each in names if not each.startswith("_"))
-    return module
+def _result(found: tuple[torch.Tensor, Any], probs: bool, further: dict[str, Any]) -> Any:
+    """What a function of version 2, or of vLLM with its own keyword, returns of (out, lse or None)."""
+    out, lse = found
+    if further.get("return_softmax_lse"):
+        return out, lse
+    return (out, lse, out.new_empty(0)) if probs else out

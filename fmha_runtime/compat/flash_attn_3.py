@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlashAttention 3's functions on this library (its module is called ``flash_attn_interface``), forward only.
+"""FlashAttention 3's functions on this library, forward only. Its module is called ``flash_attn_interface``, and
+``flash_attn_3.flash_attn_interface``.
 
 Positions after q, k, v differ from version 2, so these are functions of their own. ``num_splits``, ``pack_gqa``,
-``sm_margin``, ``scheduler_metadata`` and ``deterministic`` are hints that the result does not depend on; FP8 scales,
-``qv`` and ``seqused_q`` are refused.
+``scheduler_metadata`` and ``deterministic`` are hints that the result does not depend on. ``qv``, ``seqused_q`` and an
+``sm_margin`` other than 0 are refused. FP8 tensors are refused with their scales; beside 16-bit tensors scales mean
+nothing, there as here.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from . import kvcache, shared
+from . import kvcache, shared, varlen
 
 if TYPE_CHECKING:
     import torch
 
-    Window = tuple[int | None, int | None]
+    Window = tuple[int | None, int | None] | None
 
 FUNCTIONS = (
     "flash_attn_func",
@@ -53,9 +55,9 @@ def flash_attn_func(
     Raises:
         UnsupportedProblem: an option that no kernel computes, or gradients.
     """
-    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "sm_margin": sm_margin}
     chosen = shared.options(
-        "flash_attn_func", {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale, causal=causal,
+        "flash_attn_func", q, {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale, causal=causal,
         window_size=window_size, softcap=softcap,
     )  # fmt: skip
     out, lse = shared.attend(q, k, v, chosen, lse=return_attn_probs)
@@ -90,7 +92,7 @@ def flash_attn_qkvpacked_func(
         q, k, v = qkv.split([num_heads_q, heads_k, heads_k], -2)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,
-        return_attn_probs=return_attn_probs,
+        sm_margin=sm_margin, return_attn_probs=return_attn_probs,
     )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def flash_attn_varlen_func(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     seqused_q: torch.Tensor | None = None,
@@ -119,7 +121,8 @@ def flash_attn_varlen_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Attention of packed sequences: q [Tq, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv].
+    """Attention of packed sequences: q [Tq, H, D], k [Tk, Hk, D], v [Tk, Hk, Dv]; with cu_seqlens_k None a cache [B, S,
+    Hk, D] of which seqused_k [B] keys count.
 
     Returns:
         out [Tq, H, Dv], or with return_attn_probs (out, softmax_lse [H, Tq]).
@@ -127,15 +130,18 @@ def flash_attn_varlen_func(
     Raises:
         UnsupportedProblem: as ``flash_attn_func``.
     """
-    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "seqused_q": seqused_q}
+    more = {
+        "qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "seqused_q": seqused_q,
+        "sm_margin": sm_margin, "attention_chunk": attention_chunk,
+    }  # fmt: skip
     chosen = shared.options(
-        "flash_attn_varlen_func", {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale,
-        causal=causal, window_size=window_size, softcap=softcap,
+        "flash_attn_varlen_func", q, more, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+        softcap=softcap,
     )  # fmt: skip
-    longest = int(max_seqlen_q), int(max_seqlen_k)
-    out, lse = shared.attend(
-        q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, *longest, seqused_k=seqused_k, lse=return_attn_probs
-    )
+    out, lse = varlen.attend(
+        q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, used=seqused_k, table=None,
+        lse=return_attn_probs, out=None,
+    )  # fmt: skip
     return (out, lse) if return_attn_probs else out
 
 
@@ -179,9 +185,9 @@ def flash_attn_with_kvcache(
     Raises:
         UnsupportedProblem: as ``flash_attn_func``; InputError: arguments that contradict each other.
     """
-    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    more = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale, "sm_margin": sm_margin}
     chosen = shared.options(
-        "flash_attn_with_kvcache", {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale,
+        "flash_attn_with_kvcache", q, {**more, "attention_chunk": attention_chunk}, softmax_scale=softmax_scale,
         causal=causal, window_size=window_size, softcap=softcap,
     )  # fmt: skip
     further = {
@@ -191,6 +197,6 @@ def flash_attn_with_kvcache(
     out, lse = kvcache.attend(
         q, k_cache, v_cache, k, v, chosen, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, table=page_table,
-        rotary_interleaved=rotary_interleaved, further=further, lse=return_softmax_lse,
+        rotary_interleaved=rotary_interleaved, further=further, lse=return_softmax_lse, version=3,
     )  # fmt: skip
     return (out, lse, out.new_empty(0), out.new_empty(0)) if return_softmax_lse else out

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import subprocess
 import sys
 
@@ -13,69 +12,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from helpers import ROOT  # noqa: E402
+from helpers.flash import BF16, CPU_AND_GPU, INT, batched, close, pool, split, tensors  # noqa: E402
 
 from fmha_runtime.compat import flash_attn as fa  # noqa: E402
 from fmha_runtime.compat import flash_attn_3 as fa3  # noqa: E402
 from fmha_runtime.errors import FmhaError, InputError, UnsupportedProblem  # noqa: E402
 
-BF16, INT = torch.bfloat16, torch.int32
-CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
 
 @pytest.fixture(autouse=True)
 def build_what_is_missing(monkeypatch):
     monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")
-
-
-def one(q, k, v, *, causal=False, window=(-1, -1), scale=None, softcap=0.0, slopes=None, chunk=0):
-    """Attention of one sequence in fp64, written after FlashAttention's documentation: q [Sq, H, D], k [Sk, Hk, D]."""
-    q, k, v = q.double(), k.double(), v.double()
-    sq, heads, d = q.shape
-    sk = k.shape[0]
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-    score = torch.einsum("ihd,jhd->hij", q, k) * (d**-0.5 if scale is None else scale)
-    if softcap:
-        score = softcap * (score / softcap).tanh()
-    i = torch.arange(sq, device=q.device)[:, None] + sk - sq
-    j = torch.arange(sk, device=q.device)[None]
-    if slopes is not None:
-        score = score - slopes.double()[:, None, None] * (i - j).abs()
-    hidden = torch.zeros(sq, sk, dtype=torch.bool, device=q.device)
-    if window[0] >= 0:
-        hidden |= j < i - window[0]
-    if window[1] >= 0:
-        hidden |= j > i + window[1]
-    if causal:
-        hidden |= j > i
-    if chunk:
-        hidden |= j // chunk != i.div(chunk, rounding_mode="floor")
-    score = score.masked_fill(hidden, float("-inf"))
-    lse = score.logsumexp(-1)
-    weight = (score - lse.masked_fill(lse.isinf(), 0)[..., None]).exp()
-    return torch.einsum("hij,jhd->ihd", weight, v), lse
-
-
-def batched(q, k, v, slopes=None, **options):
-    """Of a batch, or of lists of sequences."""
-    each = [
-        one(*x, slopes=None if slopes is None else slopes if slopes.ndim == 1 else slopes[b], **options)
-        for b, x in enumerate(zip(q, k, v, strict=True))
-    ]
-    return [out for out, _ in each], [lse for _, lse in each]
-
-
-def close(got, want):
-    want = torch.stack(want) if isinstance(want, list) else want
-    assert got.shape == want.shape
-    assert torch.equal(got.isinf(), want.isinf())
-    got, want = got.double().nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0)
-    assert (got - want).norm() <= 4e-3 * want.norm() + 1e-6
-
-
-def tensors(device, b=2, sq=37, sk=53, h=4, hk=2, d=64, dv=None):
-    g = torch.Generator().manual_seed(b * sq + sk)
-    shapes = (b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv or d)
-    return [torch.randn(s, generator=g).to(device, BF16) for s in shapes]
 
 
 OPTIONS = [
@@ -86,7 +32,7 @@ OPTIONS = [
     ({"window_size": (-1, 3)}, {"window": (-1, 3)}),
     ({"softcap": 3.0, "causal": True}, {"softcap": 3.0, "causal": True}),
     ({"softmax_scale": 0.3}, {"scale": 0.3}),
-    ({"deterministic": True, "num_splits": 4, "pack_gqa": True, "sm_margin": 2}, {}),
+    ({"deterministic": True, "num_splits": 4, "pack_gqa": True, "scheduler_metadata": None}, {}),
     ({"attention_chunk": 16, "causal": True}, {"chunk": 16, "causal": True}),
 ]
 
@@ -139,10 +85,6 @@ def test_packed_forms_and_strides(device):
     assert torch.equal(got, packed)
 
 
-def split(x, cu):
-    return [x[a:b] for a, b in itertools.pairwise(cu)]
-
-
 @CPU_AND_GPU
 def test_varlen(device):
     cu_q, cu_k = [0, 5, 5, 75, 78], [0, 9, 13, 80, 210]
@@ -156,16 +98,6 @@ def test_varlen(device):
     out = fa.flash_attn_varlen_func(q, k, v, *both, 70, 130, seqused_k=used)
     keys = [[x[:n] for x, n in zip(split(t, cu_k), used.tolist(), strict=True)] for t in (k, v)]
     close(out, torch.cat(batched(split(q, cu_q), *keys)[0]))
-
-
-def pool(x, page, device):
-    """Pages of [B, S, Hk, D] in an order of their own, and the table."""
-    b, s, heads, d = x.shape
-    parts = s // page
-    order = torch.randperm(b * parts + 2, generator=torch.Generator().manual_seed(3))[: b * parts].to(device)
-    pages = torch.full((b * parts + 2, page, heads, d), float("nan"), device=device, dtype=x.dtype)
-    pages[order] = x.reshape(b * parts, page, heads, d)
-    return pages, order.view(b, parts).to(INT)
 
 
 @CPU_AND_GPU
@@ -215,7 +147,7 @@ def test_kvcache_takes_in_new_keys(device, layout, rotary, causal):
     options, table = {"causal": causal}, None
     k_new = list(k)
     if rotary:
-        angle = torch.rand(64, 8).to(device)
+        angle = torch.rand(size, 8).to(device)
         interleaved = rotary == "interleaved"
         options |= {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": interleaved}
         cos, sin = angle.cos(), angle.sin()
@@ -348,12 +280,13 @@ def test_what_cannot_be_honoured_is_refused():
     q, k, v = tensors("cpu")
     for options, what in (
         ({"dropout_p": 0.1}, "dropout_p is 0.1"),
-        ({"q_descale": torch.ones(1)}, "FP8 scale.*q_descale"),
         ({"qv": q}, "qv="),
         ({"softcap": 2.0, "alibi_slopes": torch.ones(4)}, "softcap and alibi_slopes"),
     ):
         with pytest.raises(UnsupportedProblem, match=what):
             fa.flash_attn_func(q, k, v, **options)
+    with pytest.raises(UnsupportedProblem, match=r"FP8 scale.*q_descale"):
+        fa.flash_attn_func(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)), q_descale=torch.ones(1))
     with pytest.raises(TypeError, match="'soft_cap'"):
         fa.flash_attn_func(q, k, v, soft_cap=1.0)
     with pytest.raises(InputError, match="a pair"):
@@ -366,7 +299,7 @@ def test_what_cannot_be_honoured_is_refused():
         ({"rotary_cos": torch.ones(9, 8)}, InputError, "rotary_cos and rotary_sin"),
         ({"k": new[0].half(), "v": new[1], "cache_seqlens": lens}, InputError, "all must agree"),
         ({"k": new[0][:, :, :1], "v": new[1], "cache_seqlens": lens}, InputError, "last two axes"),
-        ({"k": new[0][:1], "v": new[1], "cache_seqlens": lens}, InputError, "q has batch 2, k 1"),
+        ({"k": new[0][:1], "v": new[1][:1], "cache_seqlens": lens}, InputError, "q has batch 2, k and v have 1"),
         ({"block_table": lens[:, None], "cache_leftpad": lens}, UnsupportedProblem, "paged cache"),
         ({"block_table": lens[:, None]}, UnsupportedProblem, "pages of 53 tokens"),
     ):
@@ -420,7 +353,8 @@ SIGNATURES = {
     "flash_attn_func": f"q k v {REST} return_attn_probs=False",
     "flash_attn_kvpacked_func": f"q kv {REST} return_attn_probs=False",
     "flash_attn_qkvpacked_func": f"qkv {REST} return_attn_probs=False",
-    "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
+    # vLLM leaves cu_seqlens_k out, so the next ones need a default as well.
+    "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None "
     f"{REST} return_attn_probs=False block_table=None",
     "flash_attn_varlen_kvpacked_func": "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
     f"{REST} return_attn_probs=False",
@@ -468,11 +402,11 @@ from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
 assert tuple(int(x) for x in flash_attn.__version__.split(".")) >= (2, 5, 0)
 assert importlib.util.find_spec("flash_attn") is not None
 try:
-    import flash_attn.layers.rotary
+    import flash_attn.modules.mha
 except ImportError as error:
-    assert "flash_attn.layers" in str(error)
+    assert "flash_attn.modules" in str(error)
 else:
-    raise SystemExit("flash_attn.layers is not there")
+    raise SystemExit("flash_attn.modules is not there")
 
 torch.manual_seed(0)
 device, dtype = DEVICE, torch.bfloat16
@@ -544,14 +478,14 @@ def test_install_and_uninstall(clean_modules):
 
 
 def test_a_real_flash_attn_is_replaced_only_by_force(clean_modules, monkeypatch):
-    real, part = type(sys)("flash_attn"), type(sys)("flash_attn.layers")
+    real, part = type(sys)("flash_attn"), type(sys)("flash_attn.modules")
     monkeypatch.setitem(sys.modules, "flash_attn", real)
-    monkeypatch.setitem(sys.modules, "flash_attn.layers", part)
-    with pytest.raises(FmhaError, match=r"flash_attn, flash_attn\.layers was imported already.*force=True"):
+    monkeypatch.setitem(sys.modules, "flash_attn.modules", part)
+    with pytest.raises(FmhaError, match=r"flash_attn, flash_attn\.modules was imported already.*force=True"):
         fa.install()
     assert sys.modules["flash_attn"] is real
     fa.install(force=True)
     assert sys.modules["flash_attn"].flash_attn_func is fa.flash_attn_func
-    assert "flash_attn.layers" not in sys.modules
+    assert "flash_attn.modules" not in sys.modules
     fa.uninstall()
-    assert sys.modules["flash_attn"] is real and sys.modules["flash_attn.layers"] is part
+    assert sys.modules["flash_attn"] is real and sys.modules["flash_attn.modules"] is part
