@@ -455,7 +455,7 @@ def test_sanitizer_replaces_the_process(monkeypatch):
 
     called = []
     monkeypatch.setattr(verifier.shutil, "which", lambda name: f"/opt/{name}")
-    monkeypatch.setattr(cli.os, "execvp", lambda file, argv: called.append(argv) or sys.exit(0))
+    monkeypatch.setattr(os, "execvp", lambda file, argv: called.append(argv) or sys.exit(0))
     words = ["verify", SMALL, "--sanitizer", "memcheck", "--quick"]
     monkeypatch.setattr(sys, "argv", ["fmha", *words])
     assert fmha(*words).exit_code == 0
