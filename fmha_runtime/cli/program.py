@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program ``fmha``: its commands, and what becomes of their errors.
 
-Each command is a file beside this one: it parses, calls and prints, no logic lives there. Exit codes: 0 done, 1 the
+The commands are in files beside this one: they parse, call and print, no logic lives there. Exit codes: 0 done, 1 the
 subject failed, 2 usage or nothing selected, 3 environment (GPU, driver, nvcc, g++, torch), 4 an artefact is invalid,
 130 interrupted. Heavy imports happen inside the commands.
 """
@@ -20,9 +20,8 @@ from .cache import cache
 from .doctor import doctor
 from .exits import INTERRUPTED, exit_code
 from .explain import explain
-from .inspect import inspect
-from .list import list_
 from .output import say
+from .show import inspect, list_
 from .tune import tune
 from .verify import verify
 

@@ -38,7 +38,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 OPS = {"kernels": {"forward", "pack"}, "ops": {"forward", "pack", "combine"}}
 PUBLIC = "__init__"  # names of the package, each loaded from its home when it is asked for
 
-COMMANDS = ("list", "explain", "build", "verify", "bench", "tune", "inspect", "doctor", "cache")
+COMMANDS = ("show", "explain", "build", "verify", "bench", "tune", "doctor", "cache")
 
 DOORS = {
     "cuda.bindings": {"device.driver", "device.tensor_map"},
