@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every record says of its origin, and how the JSON of one is read back."""
+"""What records have in common: their origin, their file, the types that it is read back by, the printed table."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from . import config
+from .errors import ArtifactError
 
+_Record = TypeVar("_Record")
 _Kind = TypeVar("_Kind")
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -46,6 +50,43 @@ def commit() -> str | None:
         return next(line.split()[0] for line in packed if line.endswith(f" {ref}"))
     except (OSError, StopIteration):
         return None
+
+
+def row(item: Any) -> str:
+    """A dataclass as one line of a record's file, so that a diff of two files shows what differs."""
+    return f"  {json.dumps(dataclasses.asdict(item))}"
+
+
+def save(path: Path, schema: int, meta: dict[str, Any], **sections: Iterable[str]) -> None:
+    """Write a record as JSON: schema, meta, then each section as a list of items that are JSON already."""
+    parts = [f'"schema": {schema}', f'"meta": {json.dumps(meta, indent=1)}']
+    for name, items in sections.items():
+        lines = ",\n".join(items)
+        parts.append(f'"{name}": [\n{lines}\n]')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+
+
+def load(path: Path, schema: int, read: Callable[[dict[str, Any]], _Record], *, kind: str, command: str) -> _Record:
+    """The record in a file: what ``read`` makes of its JSON.
+
+    Args:
+        path: the file.
+        schema: the only one that ``read`` understands.
+        read: raises one of UNREADABLE where the JSON is not what it expects.
+        kind: what the file should be, for the message.
+        command: what writes one, for the message.
+
+    Raises:
+        ArtifactError: the file is missing or is no record of this schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != schema:
+            raise ValueError(f"schema {data['schema']!r}, expected {schema}")
+        return read(data)
+    except UNREADABLE as error:
+        raise ArtifactError(f"{path} is not a {kind} ({error}); write one with {command}", path=path) from error
 
 
 def parsed(kind: type[_Kind], item: Any) -> _Kind:
@@ -93,3 +134,23 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         return value
     words = {int: "a count", float: "a number from 0", str: "text"}
     raise ValueError(f"{name} is {value!r}, not {words.get(kind, 'what belongs there')}")
+
+
+def table(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
+    """Rows as lines with aligned columns; the last column is as long as it likes.
+
+    The first ``left`` columns are aligned to the left, the others to the right; by default all to the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if left is None or i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def speed(tflops: float | None) -> str:
+    """TFLOP/s as tables show them; a dash where nothing was measured."""
+    return "-" if tflops is None else f"{tflops:.0f}"

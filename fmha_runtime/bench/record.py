@@ -6,15 +6,12 @@ Needs neither torch nor a GPU: tables and plots are made from recorded files.
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
-from ..records import UNREADABLE, parsed
+from .. import records
 
 SCHEMA = 1
 OURS = "ours"
@@ -100,14 +97,8 @@ class BenchRecord:
 
     def save(self, path: Path) -> None:
         """Write the record as JSON, one cell per line."""
-        cells, host = (
-            ",\n".join(f"  {json.dumps(asdict(item))}" for item in items) for items in (self.cells, self.host)
-        )
-        meta = json.dumps(self.meta, indent=1)
-        text = f'{{"schema": {SCHEMA},\n"meta": {meta},\n'
-        text += f'"cells": [\n{cells}\n],\n"host": [\n{host}\n]}}\n'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        cells, host = map(records.row, self.cells), map(records.row, self.host)
+        records.save(path, SCHEMA, self.meta, cells=cells, host=host)
 
     @classmethod
     def load(cls, path: Path) -> BenchRecord:
@@ -116,16 +107,12 @@ class BenchRecord:
         Raises:
             ArtifactError: the file is missing or is no record of this schema.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"schema {data['schema']!r}, expected {SCHEMA}")
-            cells = tuple(parsed(Timing, item) for item in data["cells"])
-            return cls(dict(data["meta"]), cells, tuple(parsed(HostTime, item) for item in data["host"]))
-        except UNREADABLE as error:
-            raise ArtifactError(
-                f"{path} is not a benchmark record ({error}); write one with fmha bench", path=path
-            ) from error
+        return records.load(path, SCHEMA, cls._read, kind="benchmark record", command="fmha bench")
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> BenchRecord:
+        cells = tuple(records.parsed(Timing, item) for item in data["cells"])
+        return cls(dict(data["meta"]), cells, tuple(records.parsed(HostTime, item) for item in data["host"]))
 
     def lines(self) -> list[str]:
         """The table of ``fmha bench``: TFLOP/s, ratio to each peer, losing cells marked."""
@@ -133,10 +120,10 @@ class BenchRecord:
         head = ["case", *self.providers, *(f"/{peer}" for peer in peers)]
         rows = []
         for case in self.cases:
-            speeds = [_number(self.tflops(case, name)) for name in self.providers]
+            speeds = [records.speed(self.tflops(case, name)) for name in self.providers]
             ratios = [_ratio(self.ratios(peer).get(case)) for peer in peers]
             rows.append([case, *speeds, *ratios])
-        lines = _columns([head, *rows])
+        lines = records.table([head, *rows], left=1)
         lines.append("TFLOP/s; /peer = ours over the peer's, < marks a cell that we lose")
         for (provider, reason), cases in self.absences().items():
             lines.append(f"absent: {provider} in {len(cases)} cells: {reason}")
@@ -160,20 +147,5 @@ def _peak(timing: Timing) -> float:
     return timing.peak_mib or 0.0
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" + ("<" if value < 1 else " ")
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from .. import records
 from ..errors import BuildError, ToolchainError
 from ..kernels import catalog, manifest, sources, store
 from ..kernels.spec import KernelSpec
@@ -71,7 +72,7 @@ class Inspection:
             rows.append((self.mix_of, f"{total} instructions: " + _listed(top)))
         if self.note:
             rows.append(("note", self.note))
-        return [self.spec.name, *(f"  {line}" for line in report.table(rows))]
+        return [self.spec.name, *(f"  {line}" for line in records.table(rows))]
 
 
 def _listed(counts: list[tuple[str, int]]) -> str:

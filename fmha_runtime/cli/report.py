@@ -33,14 +33,6 @@ def envelope(items: Iterable[Any], **more: Any) -> str:
     return json.dumps(body, indent=1)
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines with aligned columns; the last column is as long as it likes."""
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def size(count: int) -> str:
     """Bytes for people: 512 B, 96 KiB, 1.5 MiB."""
     if count < 1024:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
-from ..records import UNREADABLE, parsed
+from .. import records
 
 SCHEMA = 1
 OK = "ok"
@@ -82,16 +80,16 @@ class Tuned:
         scored = sorted(((self.score(o) or 0.0, o) for o in self.outcomes), key=lambda item: -item[0])
         rows = [["", "tile", *(_short(cell) for cell in self.cells), "score", "regs", "spills", "smem"]]
         for name, theirs in self.peers.items():
-            rows.append(["", name, *(_speed(theirs.get(cell)) for cell in self.cells), "", "", "", ""])
+            rows.append(["", name, *(records.speed(theirs.get(cell)) for cell in self.cells), "", "", "", ""])
         chosen = self.choice
         for score, o in scored:
             if o.state != OK:
                 continue
             mark = ("*" if o is chosen else " ") + ("c" if o.variant == self.catalogue else " ")
-            speeds = [_speed(o.tflops.get(cell)) for cell in self.cells]
+            speeds = [records.speed(o.tflops.get(cell)) for cell in self.cells]
             facts = ["" if x is None else str(x) for x in (o.registers, o.spill_bytes, o.smem_bytes)]
             rows.append([mark, o.variant, *speeds, f"{score:.3f}" if score else "-", *facts])
-        lines = [self.kernel, *_columns(rows)]
+        lines = [self.kernel, *records.table(rows, left=2)]
         lines += [f"   {o.variant}: {o.state}: {_line(o.reason)}" for o in self.outcomes if o.state != OK]
         if chosen is not None:
             lines.append(f"choice    {chosen.variant}  (* in the table; c is the catalogue's, {self.catalogue})")
@@ -118,12 +116,9 @@ class TuneRecord:
                 "cells": list(tuned.cells),
                 "peers": tuned.peers,
             }
-            rows = ",\n".join(f"  {json.dumps(asdict(o))}" for o in tuned.outcomes)
+            rows = ",\n".join(map(records.row, tuned.outcomes))
             parts.append(f'{json.dumps(head)[:-1]}, "outcomes": [\n{rows}\n ]}}')
-        meta = json.dumps(self.meta, indent=1)
-        text = f'{{"schema": {SCHEMA},\n"meta": {meta},\n"kernels": [\n' + ",\n".join(parts) + "\n]}\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        records.save(path, SCHEMA, self.meta, kernels=parts)
 
     @classmethod
     def load(cls, path: Path) -> TuneRecord:
@@ -132,19 +127,15 @@ class TuneRecord:
         Raises:
             ArtifactError: the file is missing or is no record of this schema.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"schema {data['schema']!r}, expected {SCHEMA}")
-            kernels = []
-            for item in data["kernels"]:
-                item.pop("choice")  # follows from the rest
-                kernels.append(parsed(Tuned, item))
-            return cls(dict(data["meta"]), tuple(kernels))
-        except UNREADABLE as error:
-            raise ArtifactError(
-                f"{path} is not a tuning record ({error}); write one with fmha tune --json", path=path
-            ) from error
+        return records.load(path, SCHEMA, cls._read, kind="tuning record", command="fmha tune --json")
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> TuneRecord:
+        kernels = []
+        for item in data["kernels"]:
+            item.pop("choice")  # follows from the rest
+            kernels.append(records.parsed(Tuned, item))
+        return cls(dict(data["meta"]), tuple(kernels))
 
     def choices(self) -> dict[str, str]:
         """Kernel -> the variant to take, where something was right and timed."""
@@ -157,21 +148,6 @@ def _short(cell: str) -> str:
     return " ".join([words[2].removeprefix("s"), *words[3:]]) if len(words) > 3 else cell
 
 
-def _speed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
 def _line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from fmha_runtime import config
-from fmha_runtime.cli import doctor
+from fmha_runtime.cli import diagnosis
 from fmha_runtime.cli import program as cli
 from fmha_runtime.kernels import code_hash, manifest, sources, store
 from fmha_runtime.kernels.spec import Arch, KernelSpec
@@ -31,7 +31,7 @@ def values(found, section):
 
 
 def test_report(own_cache):
-    found = doctor.examine()
+    found = diagnosis.examine()
     sections = list(dict.fromkeys(section for section, _, _ in found.lines))
     assert sections[:5] == ["package", "python", "driver", "toolchain", "cubins"]
     assert str(own_cache) in values(found, "cubins")["cache"]
@@ -53,7 +53,7 @@ def test_installed_is_not_loaded(own_cache):
     import sys
 
     code = (
-        "import sys; from fmha_runtime.cli import doctor; found = doctor.examine();"
+        "import sys; from fmha_runtime.cli import diagnosis; found = diagnosis.examine();"
         "assert 'torch' not in sys.modules; assert any(label == 'torch' for _, label, _ in "
         "found.lines)"
     )
@@ -64,7 +64,7 @@ def test_a_broken_cubin_is_exit_4(own_cache, fake_nvcc):
     CliRunner().invoke(cli.main, ["build", SMALL])
     path = store.find(KernelSpec.parse(SMALL)).path
     path.write_bytes(path.read_bytes()[:-1])
-    found = doctor.examine()
+    found = diagnosis.examine()
     assert found.exit_code == 4
     (problem,) = [problem for problem in found.problems if problem.code == 4]
     assert SMALL in problem.text
@@ -75,14 +75,14 @@ def test_an_unreadable_row_is_exit_4(own_cache, fake_nvcc):
     CliRunner().invoke(cli.main, ["build", SMALL])
     path = store.find(KernelSpec.parse(SMALL)).path
     (path.parent / manifest.ROW).write_text("{")
-    found = doctor.examine()
+    found = diagnosis.examine()
     assert found.exit_code == 4
     assert "fmha cache prune" in [problem.command for problem in found.problems]
 
 
 def test_an_nvcc_that_does_not_run_is_a_problem(own_cache, monkeypatch):
     monkeypatch.setenv("FMHA_NVCC", "/nowhere/nvcc")
-    found = doctor.examine()
+    found = diagnosis.examine()
     assert found.exit_code == 3
     assert values(found, "variables")["FMHA_NVCC"] == "/nowhere/nvcc"
     assert any("FMHA_NVCC" in problem.text for problem in found.problems)
@@ -90,7 +90,7 @@ def test_an_nvcc_that_does_not_run_is_a_problem(own_cache, monkeypatch):
 
 def test_a_bad_variable_is_a_problem(own_cache, monkeypatch):
     monkeypatch.setenv("FMHA_BUILD_JOBS", "lots")
-    found = doctor.examine()
+    found = diagnosis.examine()
     assert "unset FMHA_BUILD_JOBS" in [problem.command for problem in found.problems]
 
 
@@ -99,9 +99,9 @@ def test_a_crashing_probe_does_not_stop_the_others(own_cache, monkeypatch):
         yield "before", "this line stays"
         raise RuntimeError("probe fell over")
 
-    probes = (("broken", crash), *doctor._PROBES)
-    monkeypatch.setattr(doctor, "_PROBES", probes)
-    found = doctor.examine()
+    probes = (("broken", crash), *diagnosis._PROBES)
+    monkeypatch.setattr(diagnosis, "_PROBES", probes)
+    found = diagnosis.examine()
     assert values(found, "broken") == {
         "before": "this line stays",
         "failed": "RuntimeError: probe fell over",
@@ -118,26 +118,26 @@ def test_a_crashing_probe_does_not_stop_the_others(own_cache, monkeypatch):
     ],
 )
 def test_the_whole_picture(state, text):
-    found = doctor.Diagnosis(**{"cxx": True, **state})
-    found.problems.append(doctor.Problem("nothing built", "fmha build --arch sm90", 4))
-    doctor._conclude(found)
+    found = diagnosis.Diagnosis(**{"cxx": True, **state})
+    found.problems.append(diagnosis.Problem("nothing built", "fmha build --arch sm90", 4))
+    diagnosis._conclude(found)
     assert any(text in problem.text and problem.command for problem in found.problems)
 
 
 def problems(found):
-    list(doctor._cubins(found))
+    list(diagnosis._cubins(found))
     return [(problem.code, problem.command) for problem in found.problems]
 
 
 def test_a_gpu_without_kernels_is_a_problem(own_cache):
-    assert problems(doctor.Diagnosis(arch=Arch.SM90, gpus=1)) == [(3, "fmha build --arch sm90a --arch sm90")]
-    assert problems(doctor.Diagnosis(arch=Arch.SM89, gpus=1)) == [(3, "fmha build --arch sm89")]
+    assert problems(diagnosis.Diagnosis(arch=Arch.SM90, gpus=1)) == [(3, "fmha build --arch sm90a --arch sm90")]
+    assert problems(diagnosis.Diagnosis(arch=Arch.SM89, gpus=1)) == [(3, "fmha build --arch sm89")]
 
 
 @pytest.mark.parametrize("name", ["fmha_fwd_sm90a_bf16_d64", "fmha_fwd_sm90_bf16_d64"])
 def test_kernels_of_either_target_serve_a_hopper_gpu(own_cache, fake_nvcc, name):
     assert CliRunner().invoke(cli.main, ["build", name]).exit_code == 0
-    assert problems(doctor.Diagnosis(arch=Arch.SM90, gpus=1)) == []
+    assert problems(diagnosis.Diagnosis(arch=Arch.SM90, gpus=1)) == []
 
 
 def test_a_flipped_bit_is_a_problem(own_cache, fake_nvcc):
@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_a_problem(own_cache, fake_nvcc):
     image[7] ^= 4
     path.write_bytes(image)
     assert store.state(KernelSpec.parse(SMALL)).word == "ready"  # its size is right
-    found = doctor.examine()
+    found = diagnosis.examine()
     assert found.exit_code == 4
     (problem,) = [problem for problem in found.problems if problem.code == 4]
     assert "SHA-256" in problem.text and problem.command == f"fmha build --force {SMALL}"
@@ -160,22 +160,22 @@ def test_a_packaged_manifest_that_is_damaged_or_gone_is_a_problem(own_cache, dam
         (root / "manifest" / "fwd_sm90.json").write_text('{"schema": 2, "rows": [')
     else:
         shutil.rmtree(root / "manifest")
-    found = problems(doctor.Diagnosis(gpus=1))
+    found = problems(diagnosis.Diagnosis(gpus=1))
     assert [code for code, _ in found] == [4]
     assert "pip install --force-reinstall" in found[0][1]
 
 
 @pytest.mark.parametrize("package", ["cuda-bindings", "numpy", "click", "rich"])
 def test_a_missing_dependency_is_a_problem(own_cache, monkeypatch, package):
-    version = doctor.metadata.version
+    version = diagnosis.metadata.version
 
     def gone(name):
         if name == package:
-            raise doctor.metadata.PackageNotFoundError(name)
+            raise diagnosis.metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", gone)
-    found = doctor.examine()
+    monkeypatch.setattr(diagnosis.metadata, "version", gone)
+    found = diagnosis.examine()
     (problem,) = [problem for problem in found.problems if package in problem.text]
     assert found.exit_code == 3 and problem.command.startswith(f"pip install '{package}")
 

@@ -38,12 +38,14 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 OPS = {"kernels": {"forward", "pack"}, "ops": {"forward", "pack", "combine"}}
 PUBLIC = "__init__"  # names of the package, each loaded from its home when it is asked for
 
+COMMANDS = ("show", "explain", "build", "verify", "bench", "tune", "doctor", "cache")
+
 DOORS = {
     "cuda.bindings": {"device.driver", "device.tensor_map"},
     "cuda.pathfinder": {"toolchain.nvcc"},
     "subprocess": {"toolchain.process"},
-    "click": {"cli.program"},
-    "rich": {"cli.program", "cli.progress"},
+    "click": {f"cli.{name}" for name in ("program", "options", "output", *COMMANDS)},
+    "rich": {"cli.progress"},
 }
 NETWORK = {"socket", "ssl", "http", "urllib", "requests", "ftplib", "httpx"}
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from helpers.artefacts import OTHER, SMALL
 
 from fmha_runtime import config
-from fmha_runtime.cli import doctor
+from fmha_runtime.cli import diagnosis
 from fmha_runtime.cli import program as cli
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import cache, catalog, files, manifest, store
@@ -221,7 +221,7 @@ def test_the_program_says_it_in_a_line(row, monkeypatch):
     assert result.exit_code == 4
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("building")]
     assert f"run `chmod -R go-w {config.cache_dir()}`" in line
-    problems = [problem for problem in doctor.examine().problems if "can be written" in problem.text]
+    problems = [problem for problem in diagnosis.examine().problems if "can be written" in problem.text]
     assert [problem.command for problem in problems] == [f"chmod -R go-w {config.cache_dir()}"]
     assert {problem.code for problem in problems} == {4}
 
