@@ -372,8 +372,7 @@ def merge_states(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
     if any(map(arrays.foreign, (*outs, *lses))):
         return arrays.merge(merge_states, outs, lses)
     merge.check(outs, lses)
-    modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if modes or torch._C._functorch.peek_interpreter_stack() is not None or kinds.are_special((*outs, *lses)):
+    if kinds.traced() or kinds.are_special((*outs, *lses)):
         route.register_torch_ops()
         return torch.ops.fmha.merge(list(outs), list(lses))
     return merge.merge(outs, lses)

@@ -65,6 +65,6 @@ def tune(
     if json_path is not None:
         record.save(json_path)
         say(f"wrote {json_path}")
-    say("the catalogue is fmha_runtime/catalog.py; `fmha cache prune` removes the variants that it does not have")
+    say("tiles: fmha_runtime/kernels/forward/tiles.py; `fmha cache prune` removes the variants that it does not have")
     if not record.choices():
         sys.exit(FAILED)

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 
@@ -53,7 +54,7 @@ def verify(
         specs = [spec]
     else:
         if device.startswith("cuda") and not chosen.names and not chosen.arch:
-            chosen = Selection(**{**vars(chosen), "arch": selection.device_arch().targets})
+            chosen = replace(chosen, arch=selection.device_arch().targets)
         specs = chosen.kernels()
     items = []
     worst = 0

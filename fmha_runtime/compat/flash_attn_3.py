@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
 from . import kvcache, shared, varlen
 
 if TYPE_CHECKING:
@@ -80,16 +79,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """``flash_attn_func`` of qkv [B, S, 3, H, D], or [B, S, H + 2 Hk, D] with num_heads_q = H."""
-    if qkv.ndim == 5:
-        q, k, v = qkv.unbind(-3)
-    elif num_heads_q is None or (qkv.shape[2] - num_heads_q) % 2:
-        raise InputError(
-            f"qkv has shape {tuple(qkv.shape)} and num_heads_q is {num_heads_q}; [B, S, 3, H, D], or "
-            "[B, S, H + 2 Hk, D] with num_heads_q = H is needed"
-        )
-    else:
-        heads_k = (qkv.shape[2] - num_heads_q) // 2
-        q, k, v = qkv.split([num_heads_q, heads_k, heads_k], -2)
+    q, k, v = shared.split_qkv(qkv, num_heads_q)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,
         sm_margin=sm_margin, return_attn_probs=return_attn_probs,

@@ -84,18 +84,13 @@ def _attend(
 
     if table is not None:
         k_cache, v_cache, table = shared.pages((k_cache, v_cache), table.contiguous())
-    if chosen["scale"] is None:
-        chosen["scale"] = q.shape[-1] ** -0.5  # of the head dim before padding
-    width = v_cache.shape[-1]
-    if table is not None and shared.room((q.shape[-1], width)) != (q.shape[-1], width):
+    dims = (q.shape[-1], v_cache.shape[-1])
+    if table is not None and shared.room(dims) != dims:
         k_cache, v_cache, table = _named(k_cache, v_cache, table)
-    q, k_cache, v_cache = shared.pad(q, k_cache, v_cache)
-    direct = out if v_cache.shape[-1] == width else None
-    found: Any = attention_with_kvcache(
-        q, k_cache, v_cache, cache_seqlens=lengths, page_table=table, cu_seqlens_q=cu_q, max_seqlen_q=max_q,
-        **chosen, out=direct, return_lse=lse, device=shared.device,
+    return shared.padded(
+        attention_with_kvcache, q, k_cache, v_cache, chosen, lse=lse, out=out, cache_seqlens=lengths,
+        page_table=table, cu_seqlens_q=cu_q, max_seqlen_q=max_q,
     )  # fmt: skip
-    return shared.finish(found, lse, width, None if direct is not None else out)
 
 
 def _named(
@@ -128,7 +123,7 @@ def _take_in(
     (k, v), batch = new, lengths.shape[0]
     cu_new, paged = further.get("cu_seqlens_k_new"), rows is not None and rows.ndim == 2
     count, size = caches[0].shape[:2]
-    room = size * rows.shape[1] if rows is not None and paged else size
+    room = append.capacity(caches[0], rows if paged else None)
     added = k.shape[1] if cu_new is None else cu_new.diff()
     known = append.fits(given, lengths, added, room)
     lengths = lengths.clamp(0, room)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, UnsupportedProblem
+from . import shared
 
 LAYERS = (
     "RotaryEmbedding",
@@ -174,16 +175,7 @@ def apply_rotary_emb_qkv_(
 ) -> torch.Tensor:
     """Turns q and k of qkv [B, S, 3, H, D], or of [B, S, H + 2 Hk, D] with num_heads_q = H, in place; k by cos_k, sin_k
     where they are given."""
-    if qkv.ndim == 5 and qkv.shape[2] == 3:
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
-    elif qkv.ndim == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
-        heads_k = (qkv.shape[2] - num_heads_q) // 2
-        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + heads_k]
-    else:
-        raise InputError(
-            f"qkv has shape {tuple(qkv.shape)} and num_heads_q is {num_heads_q}; [B, S, 3, H, D], or "
-            "[B, S, H + 2 Hk, D] with num_heads_q = H is needed"
-        )
+    q, k, _ = shared.split_qkv(qkv, num_heads_q)
     apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
     apply_rotary_emb(
         k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved, True, seqlen_offsets
@@ -308,8 +300,6 @@ class RotaryEmbedding(torch.nn.Module):
         cos_k, sin_k = (cos, sin) if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
         assert cos_k is not None and sin_k is not None
         if kv is None:
-            return apply_rotary_emb_qkv_(
-                qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
-            )  # fmt: skip
+            return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, UnsupportedProblem
 from ..kernels.spec import HEAD_DIMS
 from ..problem.arguments import PAGE_SIZES
-from ..problem.kinds import are_special
+from ..problem.kinds import are_special, traced
 from ..problem.tensors import MAX_SEQLEN
 
 if TYPE_CHECKING:
@@ -151,11 +151,7 @@ def integer(name: str, value: Any) -> int:
 
 def readable(*given: Any) -> bool:
     """Whether the host may look at these tensors: they lie in its memory and nothing traces."""
-    import torch
-
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if traced():
         return False
     found = [x for x in given if x is not None]
     return all(x.device.type == "cpu" for x in found) and not are_special(found)
@@ -196,11 +192,20 @@ def attend(
     """(out, lse or None) of dense tensors, or of packed ones with ``lengths`` cu_seqlens_q, _k, max_seqlen_q, _k."""
     from .. import attention, attention_varlen
 
+    call: Any = attention_varlen if lengths else attention
+    q, k, v = contiguous(q, k, v)
+    return padded(call, q, k, v, chosen, *lengths, lse=lse, out=out, **more)
+
+
+def padded(
+    call: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: dict[str, Any], *lengths: Any, lse: bool,
+    out: torch.Tensor | None, **more: Any,
+) -> tuple[torch.Tensor, Any]:  # fmt: skip
+    """(out, lse or None) of one of our calls on tensors that are padded where their head dims have no kernel."""
     if chosen["scale"] is None:
         chosen["scale"] = q.shape[-1] ** -0.5  # of the head dim before padding
     width = v.shape[-1]
-    q, k, v = pad(*contiguous(q, k, v))
-    call: Any = attention_varlen if lengths else attention
+    q, k, v = pad(q, k, v)
     direct = out if v.shape[-1] == width else None
     found = call(q, k, v, *lengths, **chosen, **more, out=direct, return_lse=lse, device=device)
     return finish(found, lse, width, None if direct is not None else out)
@@ -223,6 +228,25 @@ def finish(found: Any, lse: bool, width: int, out: torch.Tensor | None) -> tuple
             f"{tuple(result.shape)} on {result.device}"
         )
     return out.copy_(result), state
+
+
+def split_qkv(qkv: torch.Tensor, num_heads_q: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v as views of qkv [B, S, 3, H, D], or of [B, S, H + 2 Hk, D] with num_heads_q = H.
+
+    Slices, not the results of one split: autograd lets no one of these be written in place.
+
+    Raises:
+        InputError: another shape.
+    """
+    if qkv.ndim == 5 and qkv.shape[2] == 3:
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if qkv.ndim == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
+        first_v = num_heads_q + (qkv.shape[2] - num_heads_q) // 2
+        return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q:first_v], qkv[:, :, first_v:]
+    raise InputError(
+        f"qkv has shape {tuple(qkv.shape)} and num_heads_q is {num_heads_q}; [B, S, 3, H, D], or "
+        "[B, S, H + 2 Hk, D] with num_heads_q = H is needed"
+    )
 
 
 def pages(

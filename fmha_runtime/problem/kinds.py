@@ -12,6 +12,18 @@ from ..errors import UnsupportedProblem
 from .packed_mask import PackedMask
 
 
+def traced() -> bool:
+    """Whether something sees the operators of all tensors: dynamo, FakeTensorMode, make_fx and other dispatch modes, or
+    vmap, grad, jvp, functionalize. calls/route.py asks the same in line, once a call."""
+    import torch
+
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def are_special(given: Iterable[Any]) -> bool:
     """Whether one of the tensors is of such a kind."""
     import torch

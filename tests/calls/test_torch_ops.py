@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from helpers.traced import flat, same  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
@@ -89,14 +90,6 @@ CALLS = {
     "ragged": (ragged, call_ragged),
     "merge": (parts, lambda a, b, m, n: fmha.merge_states([a, b], [m, n])),
 }
-
-
-def flat(result):
-    return result if isinstance(result, tuple) else (result,)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 
 
 @pytest.mark.parametrize("name", CALLS)

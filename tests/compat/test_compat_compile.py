@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from helpers.flash import BF16, ints  # noqa: E402
+from helpers.traced import flat, same  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 from fmha_runtime.compat import flash_attn as fa  # noqa: E402
@@ -128,14 +129,6 @@ CALLS = {
     ),
     "rotary": (cached, lambda q, kc, vc, k, v, cos, sin, n: rotary.apply_rotary_emb(kc, cos, sin)),
 }
-
-
-def flat(result):
-    return result if isinstance(result, tuple) else (result,)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -113,7 +113,7 @@ def cases(spec: KernelSpec) -> tuple[Case, ...]:
     if spec.dtype is DType.E4M3:
         raise InputError(
             f"there are no verification cases for {spec.name}: only 16-bit types are covered; "
-            "add its cases to verify_cases.py"
+            "add its cases to ops/forward/cases.py"
         )
     return _cases(spec.mask, spec.score, spec.kv)
 
