@@ -19,6 +19,7 @@ class Op(str, Enum):
     """What the kernel does."""
 
     FWD = "fwd"
+    DECODE = "decode"  # attention of few queries on many keys
     PACK = "pack"  # packs masks (packed_mask.py)
 
 
@@ -49,9 +50,10 @@ class Arch(str, Enum):
     def targets(self) -> tuple[Arch, ...]:
         """Targets whose cubins run on a device of this arch, the preferred one first.
 
-        sm90a is Hopper's own instruction set (TMA, wgmma); sm90 is the mma.sync family compiled for the same GPUs.
+        sm90a is Hopper's own instruction set (TMA, wgmma); sm90 is the mma.sync family compiled for the same GPUs. Ada
+        runs what is compiled for sm86, too.
         """
-        return (Arch.SM90A, Arch.SM90) if self is Arch.SM90 else (self,)
+        return {Arch.SM90: (Arch.SM90A, Arch.SM90), Arch.SM89: (Arch.SM89, Arch.SM86)}.get(self, (self,))
 
     @classmethod
     def for_capability(cls, major: int, minor: int) -> Arch | None:

@@ -31,7 +31,7 @@ const char* op_name(Op op) {
         "ld_global_v4",       "ld_global_s32",
         "ld_global_f32",      "st_global_v4",
         "st_global_u32",      "st_global_f32",
-        "atomic_add_global",  "cp_async_16",
+        "atomic_add_global",  "atomic_inc_acq_rel", "cp_async_16",
         "cp_async_wait",      "mbarrier_init",
         "mbarrier_arrive",    "mbarrier_arrive_expect",
         "mbarrier_wait",      "tma_load_4d",

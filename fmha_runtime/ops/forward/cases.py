@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from ...errors import InputError
-from ...kernels.spec import DType, KernelSpec, KvLayout, Mask, Score
+from ...kernels.spec import DType, KernelSpec, KvLayout, Mask, Op, Score
 from ...problem.arguments import PAGE_SIZES
 
 Band = tuple[bool, "tuple[int | None, int | None] | None"]  # (causal, window)
@@ -115,13 +115,26 @@ def cases(spec: KernelSpec) -> tuple[Case, ...]:
             f"there are no verification cases for {spec.name}: only 16-bit types are covered; "
             "add its cases to ops/forward/cases.py"
         )
-    return _cases(spec.mask, spec.score, spec.kv)
+    if spec.op is Op.DECODE:
+        return _cases(_MIXED, spec.kv)
+    return _cases(((spec.mask, spec.score),), spec.kv)
+
+
+# Every mask and score of a kernel that decides at run time. Five and the other cycles of a list have no common factor.
+_MIXED = (
+    (Mask.BAND, Score.PLAIN),
+    (Mask.PACKED, Score.PLAIN),
+    (Mask.BAND, Score.ALIBI),
+    (Mask.BAND, Score.SOFTCAP),
+    (Mask.PACKED, Score.SOFTCAP),
+)
 
 
 @cache
-def _cases(mask: Mask, score: Score, kv: KvLayout) -> tuple[Case, ...]:
+def _cases(features: tuple[tuple[Mask, Score], ...], kv: KvLayout) -> tuple[Case, ...]:
     return tuple(
-        Case(id=i, **settings, **_features(settings, i, mask, score, kv)) for i, settings in enumerate(_settings())
+        Case(id=i, **settings, **_features(settings, i, *features[i % len(features)], kv))
+        for i, settings in enumerate(_settings())
     )
 
 
