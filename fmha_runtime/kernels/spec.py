@@ -50,10 +50,9 @@ class Arch(str, Enum):
     def targets(self) -> tuple[Arch, ...]:
         """Targets whose cubins run on a device of this arch, the preferred one first.
 
-        sm90a is Hopper's own instruction set (TMA, wgmma); sm90 is the mma.sync family compiled for the same GPUs. Ada
-        runs what is compiled for sm86, too.
+        sm90a is Hopper's own instruction set (TMA, wgmma); sm90 is the mma.sync family compiled for the same GPUs.
         """
-        return {Arch.SM90: (Arch.SM90A, Arch.SM90), Arch.SM89: (Arch.SM89, Arch.SM86)}.get(self, (self,))
+        return (Arch.SM90A, Arch.SM90) if self is Arch.SM90 else (self,)
 
     @classmethod
     def for_capability(cls, major: int, minor: int) -> Arch | None:
@@ -118,7 +117,8 @@ _NAME = re.compile(
 class KernelSpec:
     """One kernel of the table, by what it computes. Head dims are 0 where there are none.
 
-    ``short`` says nothing about what is computed: it is the twin of the kernel without it, cut for short sequences.
+    ``short`` says nothing about what is computed: it is the twin of the kernel without it, cut for short sequences, or
+    for few rows where the op is decode.
     """
 
     op: Op

@@ -64,4 +64,5 @@ def launch(
     if queue.value:
         raise EmulatorFault(f"kernel {kernel.name} left its tile queue at {queue.value}, not at 0 again")
     if work and work[-1].any():
-        raise EmulatorFault(f"kernel {kernel.name} left {int(work[-1].count_nonzero())} counters at other numbers than 0")
+        left = int(work[-1].count_nonzero())
+        raise EmulatorFault(f"kernel {kernel.name} left {left} counters at other numbers than 0")

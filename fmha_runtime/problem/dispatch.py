@@ -193,9 +193,7 @@ def _reasons(spec: KernelSpec, problem: Problem, sizes: Regime) -> list[str]:
     reasons = []
     if (spec.op, problem.op) == (Op.DECODE, Op.FWD):
         if not sizes.rows:
-            reasons.append(
-                f"is for up to {DECODE_ROWS} queries x heads of a KV head, and {DECODE_KEYS} keys or more"
-            )
+            reasons.append(f"is for up to {DECODE_ROWS} queries x heads of a KV head, and {DECODE_KEYS} keys or more")
     elif spec.op is not problem.op:
         reasons.append(f"computes {spec.op.value}, problem is {problem.op.value}")
     if spec.arch not in problem.arch.targets:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from itertools import product
 
 from ..spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from ..tile import Tile
 from ..unit import ELEMENT, Unit, template
 from . import params
 
-# An sm_86 cubin runs on compute capability 8.9, and nothing newer helps a kernel that waits for memory.
-_ARCHS = (Arch.SM80, Arch.SM86, Arch.SM90, Arch.SM120)
-_LARGE = (Arch.SM80, Arch.SM90)  # 163 and 227 KiB of shared memory; 99 elsewhere
+_ARCHS = (Arch.SM80, Arch.SM86, Arch.SM89, Arch.SM90, Arch.SM120)
+_SM_KIB = {Arch.SM80: 164, Arch.SM90: 228}  # shared memory of an SM; elsewhere 100
 _SPILLS = 1024
 
 SHORT_ROWS = 16
@@ -53,21 +53,21 @@ def is_extended(spec: KernelSpec) -> bool:
 
 
 def tile(spec: KernelSpec) -> str:
-    """The tile of a kernel, as text: rows and keys of a step. Two CTAs an SM hide each other's ends."""
+    """The tile of a kernel, as text: two CTAs an SM where registers and shared memory allow them, to hide each other's
+    ends; then three stages, where they fit."""
     wide = max(spec.head_dim, spec.head_dim_v)
-    large = spec.arch in _LARGE
-    if spec.short:
-        if wide >= 256 or (wide > 128 and not large):
-            return f"32x32 w4 s{3 if large else 2} c1"
-        if wide > 128:
-            return f"16x64 w4 s{3 if spec.arch is Arch.SM90 else 2} c1"
-        q = "" if wide == 104 else " q"  # an odd number of n8 tiles takes the registers that Q would
-        stages = 3 if spec.arch is Arch.SM90 or wide <= 64 else 2
-        return f"16x64 w4 s{stages} c{2 if large or wide <= 96 else 1}{q}"
-    if wide > 128:
-        return f"64x32 w4 s{3 if large else 2} c1"
-    stages = 3 if spec.arch is Arch.SM90 or wide <= 64 else 2
-    return f"64x64 w4 s{stages} c{2 if large or wide <= 64 else 1}"
+    if not spec.short:
+        rows, keys = ROWS, 64 if wide <= 128 else 32
+    else:
+        narrow = wide >= 256 or (wide > 128 and spec.arch not in _SM_KIB)
+        rows, keys = (32, 32) if narrow else (SHORT_ROWS, 64)
+    q_in_regs = spec.short and wide <= 128 and wide != 104  # an odd number of n8 tiles takes the registers Q would
+    room = 1024 * _SM_KIB.get(spec.arch, 100)
+    for ctas, stages in product((2, 1) if wide <= 128 else (1,), (3, 2)):
+        found = Tile(rows, keys, 4, stages, ctas, q_in_regs)
+        if ctas * (smem_bytes(spec, found) + 1024) <= room:
+            return str(found)
+    raise AssertionError(spec.name)
 
 
 def smem_bytes(spec: KernelSpec, tile: Tile) -> int:

@@ -49,8 +49,8 @@ class Plan:
     __slots__ = (
         "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream", "_debug", "_device",
         "_empty", "_extras_key", "_guards_left", "_hopper", "_lengths", "_lse", "_mapped", "_memory", "_out", "_params",
-        "_queued", "_slots", "_start", "_torch", "_words", "binding", "emulated", "geometry", "grid", "guard", "key",
-        "shape", "_work",
+        "_queued", "_slots", "_start", "_torch", "_words", "_work", "binding", "emulated", "geometry", "grid", "guard",
+        "key", "shape",
     )  # fmt: skip
 
     def __init__(
