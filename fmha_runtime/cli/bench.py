@@ -14,8 +14,8 @@ from .output import say, show
 
 
 @click.command()
-@click.option("--grid", default="standard", show_default=True, metavar="GRID", help="standard, hopper (the 96 cells of "
-              "the yardstick, and fp16), mma (standard on the mma.sync kernels), features, quick.")  # fmt: skip
+@click.option("--grid", default="standard", show_default=True, metavar="GRID", help="standard, hopper (every head "
+              "dim in bf16, three in fp16), mma (standard on the mma.sync kernels), features, quick.")  # fmt: skip
 @click.option("--against", metavar="NAME,NAME,...", help="Peers: cudnn, flash, efficient, math (all four: sdpa), "
               "flash_attn, flash_attn_3, flash_attn_4, flashinfer, xformers; all is everyone who can be imported. "
               "Default: sdpa for the standard grid, cudnn,flash for the others.")  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -277,22 +276,22 @@ def test_a_providers_own_error_is_on_record(small: Cell, monkeypatch: pytest.Mon
     assert absent["math"] == "AssertionError: head_dim must be 64"
 
 
-def test_the_hopper_grid_is_the_yardsticks() -> None:
-    import gen_tables
+def test_the_hopper_grid_has_the_cells_of_the_peers() -> None:
+    import speed_tables
 
     cells = bench_cells.hopper()
     keys = [cell.key for cell in cells if cell.dtype is DType.BF16]
-    known = gen_tables._peers(gen_tables.ROOT)
+    known = speed_tables.peers(ROOT)
     assert len(keys) == 96 and set(keys) == {key for key in known["cells"] if key.startswith("bf16_")}
     assert {c.head_dim for c in cells if c.dtype is DType.FP16} == {64, 128, 256} and len(cells) == 120
     assert set(known["goals"]) == {key for key in keys if "_s16384_" in key}
 
 
 def test_the_feature_grid_has_the_names_of_the_peers() -> None:
-    import gen_tables
+    import speed_tables
 
     cells = {cell.key: cell for cell in bench_cells.features()}
-    known = gen_tables._peers(gen_tables.ROOT)["cells"]
+    known = speed_tables.peers(ROOT)["cells"]
     assert len(cells) == 14 and all(c.head_dim == 128 for c in cells.values())
     assert {key for key in cells if key not in known} == {"packed_d128_s2048_c", "packed_d128_s8192_c"}
     gqa = cells["gqa32_8_d128_s4096_n"]
@@ -398,95 +397,3 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(InputError, match="no cells"):
         plots.speed(BenchRecord({}, ()), path)
-
-
-def test_the_generated_pages_say_where_we_lose(tmp_path: Path) -> None:
-    import gen_tables
-
-    assert "No benchmark" in gen_tables.speed(tmp_path)
-    example().save(tmp_path / "docs" / "bench" / "h200.json")
-    page = gen_tables.performance(tmp_path)
-    assert "| bf16_d64_s512_n | 200 | 400 | 100 | **0.50** | 2.00 |" in page
-    assert "| geometric mean |  |  |  | **0.50** | 2.00 |" in page
-    assert "cudnn is absent from 1 cells: no such head dim" in page
-    assert "slower in 1" in gen_tables.speed(tmp_path)
-
-
-def hopper_record(ratio: float, date: str = "2026-11-22", tile: str | None = None) -> BenchRecord:
-    """Every cell of the hopper grid: cuDNN at 100, ours ``ratio`` times the best peer's ratio to cuDNN."""
-    import gen_tables
-
-    known = gen_tables._peers(gen_tables.ROOT)["cells"]
-    cells = []
-    for cell in bench_cells.hopper():
-        best = known.get(cell.key, {"best_over_cudnn": 1.0})["best_over_cudnn"]
-        slow = 0.5 if cell.key == "bf16_d40_s512_c" else 1.0
-        cells += [
-            Timing(cell.key, "ours", 1.0, 1.0, 100 * best * ratio * slow, 20),
-            Timing(cell.key, "cudnn", 1.0, 1.0, 100.0, 20),
-        ]
-    meta = {"gpu": "G", "driver": "5", "torch": "2", "cudnn": 9, "commit": "x", "date": date, "tile": tile}
-    return BenchRecord(meta, tuple(cells))
-
-
-def test_the_yardstick_is_the_ratio_of_ratios(tmp_path: Path) -> None:
-    import gen_tables
-
-    assert "Not recorded" in gen_tables.yardstick(tmp_path) and "Not recorded" in gen_tables.goals(tmp_path)
-    folder = tmp_path / "docs" / "bench"
-    hopper_record(1.1).save(folder / "new.json")
-    hopper_record(9.0, "2026-11-21").save(folder / "old.json")
-    hopper_record(9.0, "2026-11-23", tile="sm90").save(folder / "forced.json")
-    page = gen_tables.yardstick(tmp_path)
-    assert "bench/new.json" in page
-    assert "**bf16**, 96 of 96 cells measured. Over the best of cuDNN in the same process: geometric mean 1.2" in page
-    quotient = (
-        "The quotient with the peers' record (96 cells): geometric mean 1.092 (goal 1.05), lowest 0.55, 1 below 0.95"
-    )
-    assert quotient in page
-    assert "| bf16_d40_s512_c | 55 | 100 | **0.55** | 1.00 | **0.55** |" in page
-    assert "| bf16_d32_s16384_n | 158 | 100 | 1.58 | 1.44 | 1.10 |" in page
-    assert "**fp16**, 24 of 24 cells" in page and "the peers' record (18 cells): geometric mean 1.100" in page
-    assert "| fp16_d64_s512_n | 110 | 100 | 1.10 | - | - |" in page
-
-
-def test_the_yardstick_names_who_ran_in_the_same_process(tmp_path: Path) -> None:
-    import gen_tables
-
-    record = hopper_record(1.1)
-    fast = [replace(t, provider="flash_attn_3", tflops=2 * t.tflops) for t in record.cells if t.provider == "cudnn"]
-    absent = Timing(fast[0].case, "flash_attn_3", None, None, None, 0, absent="no such head dim")
-    replace(record, cells=(*record.cells, absent, *fast[1:])).save(tmp_path / "docs" / "bench" / "new.json")
-    page = gen_tables.yardstick(tmp_path)
-    assert "Over the best of cuDNN, FA3 in the same process" in page and "ahead in" in page
-    first, second = fast[0].case, fast[1].case
-    assert re.search(rf"\| {first} \| (\d+) \| 100 \| - \| 1\.\d\d \|", page)  # the best of those that ran
-    assert re.search(rf"\| {second} \| (\d+) \| 100 \| 200 \| \*\*0\.\d\d\*\* \|", page)
-
-
-def test_the_goals_are_held_against_the_newest_record(tmp_path: Path) -> None:
-    import gen_tables
-
-    hopper_record(1.1).save(tmp_path / "docs" / "bench" / "new.json")
-    goals = gen_tables.goals(tmp_path)
-    assert "| 32 | full | 385 | 158 | **0.41** | 360 | 1.58 | 1.44 |" in goals and "0 of 24 goals met" in goals
-
-
-def test_features_are_held_against_peers_then_and_now(tmp_path: Path) -> None:
-    import gen_tables
-
-    assert "Not recorded" in gen_tables.feature_speed(tmp_path)
-    cells = []
-    for cell in bench_cells.features():
-        cells += [Timing(cell.key, "ours", 1.0, 1.0, 500.0), Timing(cell.key, "cudnn", absent="none")]
-        if cell.packed:
-            cells.append(Timing(cell.key, bencher.BAND, 1.0, 1.0, 600.0))
-        if cell.window is not None:
-            cells.append(Timing(cell.key, "flash", 1.0, 1.0, 250.0))
-    meta = {"gpu": "G", "driver": "5", "torch": "2", "cudnn": 9, "commit": "x", "date": "2026-11-22"}
-    BenchRecord(meta, tuple(cells)).save(tmp_path / "docs" / "bench" / "f.json")
-    page = gen_tables.feature_speed(tmp_path)
-    assert "| gqa32_8_d128_s4096_n | 500 | - | - | 675 (cuDNN 9.19) | **0.74** |" in page
-    assert "| packed_d128_s8192_c | 500 | - | **0.83** of our band kernel | - | - |" in page
-    assert "| win1024_d128_s8192 | 500 | 250 | 2.00 | 484 (FA3) | 1.03 |" in page
-    assert "cudnn is absent from 14 cells: none" in page
