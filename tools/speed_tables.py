@@ -91,7 +91,8 @@ def overview(root: Path) -> str:
         parts.append(
             f"TFLOP/s at {LONGEST // 1024}k tokens in bf16; the ratio is ours over the fastest of {names}, and the "
             f"last two columns are over 512 to {LONGEST // 1024}k tokens, both masks. All {len(everything)} cells: "
-            f"geometric mean {mean:.3f}, ours faster in {ahead}. From [{path.stem}](bench/{path.name}), {circumstances(record)}."
+            f"geometric mean {mean:.3f}, ours faster in {ahead}. "
+            f"From [{path.stem}](bench/{path.name}), {circumstances(record)}."
         )
     return "\n\n".join(parts)
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +16,12 @@ from helpers import ROOT
 
 from fmha_runtime.bench import cells as bench_cells
 from fmha_runtime.bench import peers as bench_peers
-from fmha_runtime.bench import plots
 from fmha_runtime.bench import run as bencher
 from fmha_runtime.bench.cells import Cell, Inputs
 from fmha_runtime.bench.provider import Peer
-from fmha_runtime.bench.record import BenchRecord, HostTime, Timing
 from fmha_runtime.bench.run import Runnable
 from fmha_runtime.calls import api
-from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError, KernelNotBuilt
+from fmha_runtime.errors import DriverError, FmhaError, InputError, KernelNotBuilt
 from fmha_runtime.kernels.spec import DType
 from fmha_runtime.ops.forward.reference import attention, band
 
@@ -330,70 +326,3 @@ def test_peers_are_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises((DriverError, FmhaError), match=r"driver|GPU"):
         bencher.run(bench_cells.grid(), peers=("cudnn",))
-
-
-def example() -> BenchRecord:
-    meta = {
-        **{"gpu": "Some GPU", "driver": "580", "torch": "2.11", "cudnn": 91900},
-        **{"commit": "abcdef", "date": "2026-11-21T10:00:00+00:00"},
-    }
-    cells = (
-        Timing("bf16_d64_s512_n", "ours", 10.0, 9.0, 200.0, 20, 64.0, "fmha_fwd_sm90_bf16_d64"),
-        Timing("bf16_d64_s512_n", "cudnn", 5.0, 5.0, 400.0, 20, 64.0),
-        Timing("bf16_d64_s512_n", "flash", 20.0, 19.0, 100.0, 20, 64.0),
-        Timing("bf16_d80_s512_c", "ours", 10.0, 9.0, 300.0, 20, 64.0, "fmha_fwd_sm90_bf16_d80"),
-        Timing("bf16_d80_s512_c", "cudnn", absent="no such head dim"),
-        Timing("bf16_d80_s512_c", "flash", 5.0, 5.0, 150.0, 20, 64.0),
-    )
-    host = (HostTime("b1", "ours", 9.5), HostTime("b1", "cudnn", absent="not there"))
-    return BenchRecord(meta, cells, host)
-
-
-def test_ratios_and_geometric_means() -> None:
-    record = example()
-    assert record.providers == ("ours", "cudnn", "flash")
-    assert record.ratios("flash") == {"bf16_d64_s512_n": 2.0, "bf16_d80_s512_c": 2.0}
-    assert record.ratios("cudnn") == {"bf16_d64_s512_n": 0.5}
-    assert record.geometric_mean("flash") == pytest.approx(2.0)
-    assert record.geometric_mean("math") is None
-
-
-def test_the_table_marks_losses_and_lists_absences() -> None:
-    lines = example().lines()
-    assert lines[0].split() == ["case", "ours", "cudnn", "flash", "/cudnn", "/flash"]
-    assert lines[1].split() == ["bf16_d64_s512_n", "200", "400", "100", "0.50<", "2.00"]
-    assert lines[2].split() == ["bf16_d80_s512_c", "300", "-", "150", "-", "2.00"]
-    text = "\n".join(lines)
-    assert "absent: cudnn in 1 cells: no such head dim" in text
-    assert "geometric mean vs cudnn: 0.500 over 1 cells, 1 lost" in text
-    assert "geometric mean vs flash: 2.000 over 2 cells, 0 lost" in text
-    assert "at most, flash: 64 MiB (bf16_d64_s512_n)" in text
-    assert "ours: 9.5 us" in text and "cudnn: absent: not there" in text
-
-
-def test_a_record_survives_the_disk(tmp_path: Path) -> None:
-    path = tmp_path / "sub" / "r.json"
-    example().save(path)
-    assert BenchRecord.load(path) == example()
-    data = json.loads(path.read_text())
-    assert set(data) == {"schema", "meta", "cells", "host"} and data["schema"] == 1
-    assert set(data["cells"][0]) >= {"case", "provider", "median_us", "tflops", "absent"}
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"schema": 2}', '{"schema": 1, "meta": {}}'])
-def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(ArtifactError, match=r"r\.json"):
-        BenchRecord.load(path)
-    with pytest.raises(ArtifactError):
-        BenchRecord.load(tmp_path / "none.json")
-
-
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "r.png"
-    plots.speed(example(), path)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(InputError, match="no cells"):
-        plots.speed(BenchRecord({}, ()), path)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from helpers import ROOT
+from helpers.bench_records import example
 
 from fmha_runtime.bench import cells as bench_cells
 from fmha_runtime.bench import run as bencher
@@ -16,20 +17,6 @@ from fmha_runtime.bench.record import BenchRecord, Timing
 
 sys.path.insert(0, str(ROOT / "tools"))
 import speed_tables
-
-
-def example() -> BenchRecord:
-    """Two cells, one lost to cuDNN and one that cuDNN does not run."""
-    meta = {"gpu": "Some GPU", "torch": "2.11", "cudnn": 91900, "driver": "580", "commit": "abc", "date": "2026-11-21"}
-    cells = (
-        Timing("bf16_d64_s512_n", "ours", 10.0, 9.0, 200.0),
-        Timing("bf16_d64_s512_n", "cudnn", 5.0, 5.0, 400.0),
-        Timing("bf16_d64_s512_n", "flash", 5.0, 5.0, 100.0),
-        Timing("bf16_d80_s512_c", "ours", 10.0, 9.0, 300.0),
-        Timing("bf16_d80_s512_c", "cudnn", absent="no such head dim"),
-        Timing("bf16_d80_s512_c", "flash", 5.0, 5.0, 150.0),
-    )
-    return BenchRecord(meta, cells)
 
 
 def test_the_generated_pages_say_where_we_lose(tmp_path: Path) -> None:
