@@ -81,10 +81,15 @@ $(VENV)/bin/python:
 
 # torch and the toolkit first: the extras then find their requirement met by the version that was chosen.
 $(VENV)/ready: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
-	$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TOOLKIT)")
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
-	touch $@
+	@echo "Setting up $(VENV), once; nothing outside it is changed."
+	@echo "1/3 $(TORCH): the largest download, silent until it is there"
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
+	@echo "2/3 nvcc: $(if $(HAS_NVCC),that of this machine is used,$(TOOLKIT))"
+	@$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TOOLKIT)")
+	@echo "3/3 this package from its checkout, with $(EXTRAS): transformers and the demo's model among it"
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	@touch $@
+	@echo "$(VENV) is ready."
 
 $(VENV)/lint: pyproject.toml $(VENV)/ready
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
