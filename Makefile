@@ -21,7 +21,7 @@ NEWEST := .venv-newest
 
 CXX_FILES = $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh' 'kernel_src/*.cpp')
 
-.PHONY: demo test test-fast test-all test-newest constraints lint format gpu-test gpu-verify gpu-sanitize bench kernels clean
+.PHONY: demo test test-fast test-all test-newest constraints lint format gpu-test gpu-verify gpu-sanitize bench kernels wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fmha_runtime.demo
@@ -58,6 +58,10 @@ format: $(VENV)/lint
 # The packaged cubins and their manifest; the manifest is committed, the cubins are not.
 kernels: $(VENV)/ready
 	$(BIN)/fmha build --into cubins
+
+# A wheel that carries its cubins, for machines without nvcc: make wheel ARCHS="sm90a sm89"; it lies in dist/.
+wheel: $(VENV)/ready
+	$(BIN)/python tools/wheel.py --arch $(ARCHS)
 
 # Into the package: the tests have a cache of their own.
 gpu-test: $(VENV)/ready
