@@ -25,7 +25,7 @@ Window = tuple[int | None, int | None] | None
 TOKENS = 16384  # batch * queries of every cell
 WIDTH = 2048  # heads * head_dim of every cell, as near as whole heads come from below
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-GRID_LENGTHS = (512, 2048, 8192, 16384)  # those of the goals
+GRID_LENGTHS = (512, 2048, 8192, 16384)  # of the hopper grid
 MIXED = (512, 8192, 128, 2048, 256, 4096, 128, 1024)
 """Lengths of the varlen cells: 16k tokens, mostly in long sequences, in no order."""
 SOFTCAP = 30.0
@@ -182,7 +182,7 @@ def grid(
 
 
 def hopper() -> tuple[Cell, ...]:
-    """The 96 cells of the yardstick in bf16, then fp16 at three head dims."""
+    """Every square head dim in bf16, 96 cells, then fp16 at three head dims."""
     square = [dims for dims in HEAD_DIMS if dims[0] == dims[1]]
     some = [(d, d) for d in (64, 128, 256)]
     return grid((DType.BF16,), square, GRID_LENGTHS) + grid((DType.FP16,), some, GRID_LENGTHS)

@@ -6,15 +6,45 @@ Needs neither torch nor a GPU: tables and plots are made from recorded files.
 
 from __future__ import annotations
 
+import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..errors import InputError
 
 SCHEMA = 1
 OURS = "ours"
+_KEY = re.compile(r"(?P<dtype>bf16|fp16)_d(?P<d>\d+)(x(?P<dv>\d+))?_s(?P<seqlen>\d+)_(?P<mask>.+)")
+_MASKS = {"c": "causal", "n": "full"}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the name of a cell says; ``mask`` is full, causal or the name's own word for a window."""
+
+    dtype: str
+    head_dims: tuple[int, int]
+    seqlen: int
+    mask: str
+
+    @property
+    def dims(self) -> str:
+        """For example d64 or d192x128."""
+        d, dv = self.head_dims
+        return f"d{d}" if d == dv else f"d{d}x{dv}"
+
+
+def axes(case: str) -> Axes | None:
+    """The axes in the name of a cell; None for a cell with a name of its own, such as those of the features."""
+    found = _KEY.fullmatch(case)
+    if found is None:
+        return None
+    d, mask = int(found["d"]), found["mask"]
+    return Axes(found["dtype"], (d, int(found["dv"] or d)), int(found["seqlen"]), _MASKS.get(mask, mask))
 
 
 @dataclass(frozen=True)
@@ -68,8 +98,8 @@ class BenchRecord:
 
     def tflops(self, case: str, provider: str) -> float | None:
         """None where the provider did not run."""
-        wanted = (case, provider)
-        return next((t.tflops for t in self.cells if (t.case, t.provider) == wanted), None)
+        found = self.timing(case, provider)
+        return found.tflops if found else None
 
     def ratios(self, peer: str) -> dict[str, float]:
         """This library's speed over the peer's, for the cells that both ran; below 1 it loses."""
@@ -86,6 +116,41 @@ class BenchRecord:
         if not ratios:
             return None
         return statistics.geometric_mean(ratios.values())
+
+    def only(
+        self,
+        dtypes: Collection[str] | None = None,
+        head_dims: Collection[tuple[int, int]] | None = None,
+        lengths: Collection[int] | None = None,
+        masks: Collection[str] | None = None,
+    ) -> BenchRecord:
+        """The cells whose names have these axes; None is any. A cell with a name of its own has none.
+
+        Raises:
+            InputError: nothing is left.
+        """
+
+        def wanted(case: str) -> bool:
+            found = axes(case)
+            return found is not None and all(
+                allowed is None or value in allowed
+                for value, allowed in (
+                    (found.dtype, dtypes),
+                    (found.head_dims, head_dims),
+                    (found.seqlen, lengths),
+                    (found.mask, masks),
+                )
+            )
+
+        cells = tuple(t for t in self.cells if wanted(t.case))
+        if not cells:
+            has = ", ".join(self.cases[:3])
+            raise InputError(f"no cell of the record has these dtypes, head dims, lengths and masks; it has {has}, ...")
+        return replace(self, cells=cells)
+
+    def timing(self, case: str, provider: str) -> Timing | None:
+        """None where nobody asked this provider."""
+        return next((t for t in self.cells if (t.case, t.provider) == (case, provider)), None)
 
     def absences(self) -> dict[tuple[str, str], list[str]]:
         """The cells that were not run, by provider and reason."""
