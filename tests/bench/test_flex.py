@@ -61,6 +61,18 @@ def test_it_computes_the_cell(name: str, uncompiled: None) -> None:
     assert list(bencher.wrong(cell, x, {"flex": out * 1.05})) == ["flex"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["causal", "full", "window", "softcap", "ALiBi", "packed", "GQA"])
+def test_compiled_it_computes_the_cell_and_writes_out_no_scores(name: str) -> None:
+    cell = replace(CELLS[name], seqlen=2048, sequences=1)
+    x = bench_cells.inputs(cell, "cuda")
+    runnable = bench_peers.prepare("flex", cell, x)
+    out = runnable.output(runnable.call())
+    assert bencher.wrong(cell, x, {"flex": out}) == {}
+    peak = bencher.CudaTimer("cuda:0").peak_mib(runnable.call)
+    assert peak < cell.heads * 2048**2 * 2 / 2**20  # of the scores in fp16
+
+
 @pytest.mark.parametrize("change", [{"lengths": (32, 5, 27)}, {"page_size": 8, "queries": 16}])
 def test_it_has_neither_lengths_nor_pages(change: dict[str, Any], uncompiled: None) -> None:
     cell = replace(SMALL, **change)
