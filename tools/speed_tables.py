@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = "peers_h200.json"
 LOW = 0.95  # of the best peer's speed: below it a cell is bold
 PACKED_LOW = 0.9  # of the band kernel's speed, for a packed mask
-LABELS = {"cudnn": "cuDNN", "flash": "torch's flash", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}  # of peers
+LABELS = {
+    "cudnn": "cuDNN",
+    "flash": "torch's flash",
+    "flash_attn_3": "FA3",
+    "flash_attn_4": "FA4",
+    "flex": "flex",
+}  # of peers
 NONE_YET = "Not recorded yet: `fmha bench --grid {} --json docs/bench/NAME.json`."
 LONGEST = max(bench_cells.GRID_LENGTHS)
 
@@ -37,7 +43,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def summary(root: Path) -> str:
     """One column a record, one row a peer: how many times their speed ours is."""
-    found = benchmarks(root)
+    found = [(path, record) for path, record in benchmarks(root) if not record.over_length]
     if not found:
         return "No benchmark is recorded yet: `fmha bench` writes one."
     names = dict.fromkeys(peer for _, record in found for peer in record.peers if record.geometric_mean(peer))

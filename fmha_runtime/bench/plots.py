@@ -16,12 +16,39 @@ COLUMNS = 4  # of panels, at most
 LABELS = {"cudnn": "cuDNN", "flash_attn": "FA2", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}
 _COLORS = {
     **{OURS: "#0072B2", "cudnn": "#D55E00", "flash": "#009E73", "flash_attn_3": "#CC79A7"},
-    **{"flash_attn_4": "#B8860B", "efficient": "#56B4E9", "math": "#7F7F7F"},
+    **{"flash_attn_4": "#B8860B", "efficient": "#56B4E9", "math": "#7F7F7F", "flex": "#7B3FA0"},
 }
 _MORE_COLORS = ("#000000", "#8C564B", "#9467BD", "#17BECF")
 _LABEL_GAP = 0.075  # of a panel's height: what a line of text needs
 
 Line = list[tuple[int, float]]
+
+
+def draw(record: BenchRecord, path: Path) -> None:
+    """Draw what a record is about: time and memory for the length grid, else speed.
+
+    Raises:
+        InputError: the record has no cells, or matplotlib is not installed.
+    """
+    (length if record.over_length else speed)(record, path)
+
+
+def length(record: BenchRecord, path: Path) -> None:
+    """Draw time and peak memory over length, both axes logarithmic: a row of panels each.
+
+    Raises:
+        InputError: the record has no cells, or matplotlib is not installed.
+    """
+    figure = _figure(record)
+    rows = [(word, _panels(record, quantity)) for word, quantity in (("us", "median_us"), ("MiB", "peak_mib"))]
+    found = [(f"{title}: {word}", lines) for word, panels in rows for title, lines in _grouped(panels)]
+    if not found:
+        raise InputError("the benchmark record has no cells to draw")
+    _draw_panels(figure, found, min(COLUMNS, len(rows[0][1])), record, log=True)
+    at = axes(record.cases[0])
+    batch = at.batch.replace("_", ", ") if at else ""
+    figure.suptitle(f"time and peak memory of a call over tokens, {batch}, {_where(record)}")
+    _save(figure, path)
 
 
 def speed(record: BenchRecord, path: Path) -> None:
@@ -36,7 +63,7 @@ def speed(record: BenchRecord, path: Path) -> None:
     panels = _panels(record, "tflops")
     named = [case for case in record.cases if axes(case) is None]
     if panels:
-        _draw_panels(figure, panels, record)
+        _draw_panels(figure, _grouped(panels), min(COLUMNS, len(panels)), record)
     elif named:
         _draw_rows(figure, record, named)
     else:
@@ -82,49 +109,61 @@ def _panels(record: BenchRecord, quantity: str) -> dict[str, dict[str, Line]]:
     return {title: {name: sorted(line) for name, line in lines.items()} for title, lines in found.items() if lines}
 
 
-def _draw_panels(figure: Any, panels: dict[str, dict[str, Line]], record: BenchRecord) -> None:
+def _draw_panels(
+    figure: Any, panels: Sequence[tuple[str, dict[str, Line]]], columns: int, record: BenchRecord, log: bool = False
+) -> None:
     """One panel after the other, each with its own scale."""
-    titles = _grouped(panels)
-    columns = min(COLUMNS, len(titles))
-    rows = -(-len(titles) // columns)
+    rows = -(-len(panels) // columns)
     figure.set_size_inches(WIDTH, 2.5 * rows + 0.5)
     grid = figure.add_gridspec(rows, columns)
-    for number, title in enumerate(titles):
+    for number, (title, lines) in enumerate(panels):
         axis = figure.add_subplot(grid[number // columns, number % columns])
         axis.set_title(title, fontsize=10)
-        _draw_lines(axis, panels[title], record.providers)
+        _draw_lines(axis, lines, record.providers, log)
 
 
-def _grouped(titles: Sequence[str] | dict[str, Any]) -> list[str]:
+def _grouped(panels: dict[str, dict[str, Line]]) -> list[tuple[str, dict[str, Line]]]:
     """The panels of one dtype and head dim side by side."""
-    order = dict.fromkeys(title.rpartition(",")[0] for title in titles)
-    return [title for group in order for title in titles if title.rpartition(",")[0] == group]
+    order = dict.fromkeys(title.rpartition(",")[0] for title in panels)
+    return [(title, panels[title]) for group in order for title in panels if title.rpartition(",")[0] == group]
 
 
-def _draw_lines(axis: Any, lines: dict[str, Line], providers: Sequence[str]) -> None:
+def _draw_lines(axis: Any, lines: dict[str, Line], providers: Sequence[str], log: bool) -> None:
     lengths = sorted({n for line in lines.values() for n, _ in line})
+    values = [value for line in lines.values() for _, value in line]
     for name, line in lines.items():
-        wide = 2.4 if name == OURS else 1.4
-        x, y = [n for n, _ in line], [value for _, value in line]
-        axis.plot(
-            x, y, "o-", color=_color(name, providers), linewidth=wide, markersize=3, zorder=3 if name == OURS else 2
-        )
+        style = {"linewidth": 2.4, "zorder": 3} if name == OURS else {"linewidth": 1.4, "zorder": 2}
+        axis.plot(*zip(*line, strict=True), "o-", color=_color(name, providers), markersize=3, **style)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [_tokens(n) for n in lengths], fontsize=8)
-    axis.minorticks_off()
-    top = 1.18 * max(value for line in lines.values() for _, value in line)
-    axis.set_ylim(0, top)
     axis.set_xlim(lengths[0] / 1.25, lengths[-1] * _room(lengths))
+    if log:
+        axis.set_yscale("log")
+        axis.set_ylim(min(values) / 1.5, max(values) * 2)
+    else:
+        axis.set_ylim(0, 1.18 * max(values))
+    axis.minorticks_off()
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    ends = {name: line[-1] for name, line in lines.items()}
-    heights = _spread({name: y / top for name, (_, y) in ends.items()})
+    _label(axis, {name: line[-1] for name, line in lines.items()}, providers)
+
+
+def _label(axis: Any, ends: dict[str, tuple[int, float]], providers: Sequence[str]) -> None:
+    """Write each name beside the last point of its line."""
+    place = axis.transData + axis.transAxes.inverted()
+    heights = _spread({name: float(place.transform(end)[1]) for name, end in ends.items()})
     for name, (last, _) in ends.items():
-        style = {"fontsize": 8.5, "va": "center", "fontweight": "bold" if name == OURS else "normal"}
-        at = (last, heights[name] * top)
         axis.annotate(
-            LABELS.get(name, name), at, (6, 0), textcoords="offset points", color=_color(name, providers), **style
+            LABELS.get(name, name),
+            (last, heights[name]),
+            (6, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            color=_color(name, providers),
+            fontsize=8.5,
+            va="center",
+            fontweight="bold" if name == OURS else "normal",
         )
 
 

@@ -18,18 +18,25 @@ from ..errors import InputError
 
 SCHEMA = 1
 OURS = "ours"
-_KEY = re.compile(r"(?P<dtype>bf16|fp16)_d(?P<d>\d+)(x(?P<dv>\d+))?_s(?P<seqlen>\d+)_(?P<mask>.+)")
+_KEY = re.compile(
+    r"((?P<batch>b\d+_h\d+)_)?(?P<dtype>bf16|fp16)_d(?P<d>\d+)(x(?P<dv>\d+))?_s(?P<seqlen>\d+)_(?P<mask>.+)"
+)
 _MASKS = {"c": "causal", "n": "full"}
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the name of a cell says; ``mask`` is full, causal or the name's own word for a window."""
+    """What the name of a cell says.
+
+    ``mask`` is full, causal or the name's own word for a window; ``batch`` is b1_h8 where batch and heads are the same
+    at every length, else empty.
+    """
 
     dtype: str
     head_dims: tuple[int, int]
     seqlen: int
     mask: str
+    batch: str = ""
 
     @property
     def dims(self) -> str:
@@ -44,7 +51,8 @@ def axes(case: str) -> Axes | None:
     if found is None:
         return None
     d, mask = int(found["d"]), found["mask"]
-    return Axes(found["dtype"], (d, int(found["dv"] or d)), int(found["seqlen"]), _MASKS.get(mask, mask))
+    dims, batch = (d, int(found["dv"] or d)), found["batch"] or ""
+    return Axes(found["dtype"], dims, int(found["seqlen"]), _MASKS.get(mask, mask), batch)
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,11 @@ class BenchRecord:
         cells = tuple(records.parsed(Timing, item) for item in data["cells"])
         return cls(dict(data["meta"]), cells, tuple(records.parsed(HostTime, item) for item in data["host"]))
 
+    @property
+    def over_length(self) -> bool:
+        """Whether this is of the length grid, where time and memory are what counts."""
+        return all((at := axes(case)) is not None and at.batch for case in self.cases) and bool(self.cells)
+
     def lines(self) -> list[str]:
         """The table of ``fmha bench``: TFLOP/s, ratio to each peer, losing cells marked."""
         peers = self.peers
@@ -190,6 +203,9 @@ class BenchRecord:
             rows.append([case, *speeds, *ratios])
         lines = records.table([head, *rows], left=1)
         lines.append("TFLOP/s; /peer = ours over the peer's, < marks a cell that we lose")
+        if self.over_length:
+            lines += [*self._costs("median_us"), "microseconds", *self._costs("peak_mib")]
+            lines.append("MiB of device memory that a call takes at its peak, its output included")
         for (provider, reason), cases in self.absences().items():
             lines.append(f"absent: {provider} in {len(cases)} cells: {reason}")
         for peer in peers:
@@ -206,6 +222,15 @@ class BenchRecord:
             text = f"{h.host_us:.1f} us" if h.host_us is not None else f"absent: {h.absent}"
             lines.append(f"host time per call, {h.case}, {h.provider}: {text}")
         return lines
+
+    def _costs(self, quantity: str) -> list[str]:
+        """A table of what a call takes, a column a provider."""
+        rows = [["case", *self.providers]]
+        for case in self.cases:
+            timings = (self.timing(case, name) for name in self.providers)
+            found = (getattr(timing, quantity) if timing else None for timing in timings)
+            rows.append([case, *("-" if value is None else f"{value:.0f}" for value in found)])
+        return records.table(rows, left=1)
 
 
 def _peak(timing: Timing) -> float:

@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 _MEASURING = ("grid", "against", "tile", "arch", "seconds", "json_path")
 """Options that say how to measure, or where the measurement goes: they mean nothing beside --from."""
+_PEERS = {"standard": "sdpa", "length": "cudnn,flash,math,flex"}
+"""Whom each grid is measured against where nobody is named."""
 
 
 @click.command()
 @click.option("--grid", default="standard", show_default=True, metavar="GRID", help="standard, hopper (every head dim "
-              "in bf16, three in fp16), mma (standard on the mma.sync kernels), features, quick.")  # fmt: skip
+              "in bf16, three in fp16), mma (standard on the mma.sync kernels), features, quick, length (time and "
+              "memory of one sequence up to 32k tokens).")  # fmt: skip
 @click.option("--against", metavar="NAME,NAME,...", help="Peers: cudnn, flash, efficient, math (all four: sdpa), "
-              "flash_attn, flash_attn_3, flash_attn_4, flashinfer, xformers; all is everyone who can be imported. "
-              "Default: sdpa for the standard grid, cudnn,flash for the others.")  # fmt: skip
+              "flex (torch's flex_attention; seconds a cell to compile), flash_attn, flash_attn_3, flash_attn_4, "
+              "flashinfer, xformers; all is everyone who can be imported. Default: sdpa for the standard grid, "
+              "cudnn,flash,math,flex for length, cudnn,flash for the others.")  # fmt: skip
 @click.option("--tile", metavar="[TARGET] TILE", help="Force a target, a tile or both: sm90, '128x176', 'sm90 128x64'.")
 @click.option("--arch", type=click.Choice([a.value for a in Arch]), help="Force a target; the same as --tile ARCH.")
 @click.option("--dtype", multiple=True, type=click.Choice(["fp16", "bf16"]), help="Default: both.")
@@ -59,7 +63,7 @@ def bench(
         axes |= {"dtypes": tuple(map(DType, dtype)) or None, "masks": None if causal is None else (causal,)}
         target = arch or ("sm90" if grid == "mma" and tile is None else None)
         forced = " ".join(filter(None, [target, tile])) or None
-        peers = against or ("sdpa" if grid == "standard" else "cudnn,flash")
+        peers = against or _PEERS.get(grid, "cudnn,flash")
         record = _measured(grid, axes, peers.split(","), seconds, forced)
     show(record.lines())
     if json_path is not None:
@@ -68,7 +72,7 @@ def bench(
     if png_path is not None:
         from ..bench import plots
 
-        plots.speed(record, png_path)
+        plots.draw(record, png_path)
         say(f"wrote {png_path}")
 
 

@@ -93,7 +93,7 @@ class BuildProgress:
             self._print(f"FAIL  {event.result.error}")
         if event.result is not None and event.result.warning:
             self._print(f"warning: {event.result.warning}")
-        if not self._console.is_terminal and self._worth_a_line(event):
+        if event.result is not None and not self._console.is_terminal and self._worth_a_line(event):
             self._print("  ".join(filter(None, [f"building {event.done}/{event.total}", name, left])))
 
     def _follow(self, event: Event) -> str:
@@ -101,7 +101,7 @@ class BuildProgress:
         if event.kind == "plan" and event.specs:
             self._pace = Pace(event.specs, event.workers)
             self._print(
-                f"{event.total} {'kernel' if event.total == 1 else 'kernels'} to compile, {event.workers} at once: "
+                f"building {event.total} {'kernel' if event.total == 1 else 'kernels'}, {event.workers} at once: "
                 f"about {duration(self._pace.left())} (a rough guess; it gets better as kernels are finished)"
             )
         if self._pace is None or event.result is None:

@@ -81,7 +81,7 @@ def test_every_panel_has_its_own_scale_and_none_is_empty() -> None:
     pytest.importorskip("matplotlib")
     record = lines_of(100.0, 800.0, 50.0, 60.0, 70.0)
     figure = plots._figure(record)
-    plots._draw_panels(figure, plots._panels(record, "tflops"), record)
+    plots._draw_panels(figure, plots._grouped(plots._panels(record, "tflops")), 4, record)
     assert len(figure.axes) == 5
     for axis, speed in zip(figure.axes, (100.0, 800.0, 50.0, 60.0, 70.0), strict=True):
         low, high = axis.get_ylim()
@@ -94,7 +94,8 @@ def test_panels_of_a_head_dim_lie_side_by_side_and_nobody_absent_is_drawn() -> N
     assert set(panels["bf16 d64, full"]) == {"ours", "cudnn", "flash"}
     assert set(panels["bf16 d80, causal"]) == {"ours", "flash"}
     titles = ["bf16 d64, full", "bf16 d80, full", "bf16 d64, causal", "bf16 d80, causal"]
-    assert plots._grouped(titles) == [titles[0], titles[2], titles[1], titles[3]]
+    grouped = plots._grouped({title: {} for title in titles})
+    assert [title for title, _ in grouped] == [titles[0], titles[2], titles[1], titles[3]]
 
 
 def test_labels_that_would_touch_are_moved_apart_about_their_middle() -> None:
@@ -127,3 +128,40 @@ def test_a_part_of_a_record_is_chosen_by_axes() -> None:
     assert example().only(masks=["causal"], dtypes=["bf16"]).cases == ("bf16_d80_s512_c",)
     with pytest.raises(InputError, match="it has bf16_d64_s512_n, bf16_d80_s512_c"):
         example().only(lengths=[4096])
+
+
+def over_length() -> BenchRecord:
+    """Two lengths of the length grid; math does not run the long one."""
+    cells = []
+    for n in (512, 32768):
+        case = f"b1_h8_bf16_d64_s{n}_c"
+        cells += [Timing(case, "ours", n / 10, 1.0, 300.0, peak_mib=n / 100)]
+        cells += [
+            Timing(case, "math", n * 2, 1.0, 30.0, peak_mib=n * 1.0) if n == 512 else Timing(case, "math", absent="no")
+        ]
+    return BenchRecord({"gpu": "Some GPU"}, tuple(cells))
+
+
+def test_the_length_grid_is_about_time_and_memory(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert over_length().over_length and not example().over_length and not BenchRecord({}, ()).over_length
+    text = "\n".join(over_length().lines())
+    assert "b1_h8_bf16_d64_s32768_c  3277     -\nmicroseconds" in text
+    assert "b1_h8_bf16_d64_s512_c       5   512" in text and "MiB of device memory that a call takes" in text
+    assert "microseconds" not in "\n".join(example().lines())
+    plots.draw(over_length(), tmp_path / "length.png")
+    assert (tmp_path / "length.png").stat().st_size > 10_000
+
+
+def test_time_and_memory_have_panels_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plots.draw(over_length(), tmp_path / "length.png")
+    ((time, memory),) = (figure.axes for figure in drawn)
+    assert (time.get_title(), memory.get_title()) == ("bf16 d64, causal: us", "bf16 d64, causal: MiB")
+    assert (time.get_yscale(), memory.get_yscale()) == ("log", "log")
+    low, high = time.get_ylim()
+    assert low < 51.2 and high > 3276.8
+    with pytest.raises(InputError, match="no cells"):
+        plots.length(BenchRecord({}, ()), tmp_path / "length.png")

@@ -31,12 +31,18 @@ def test_bench_prints_and_writes(hopper, monkeypatch, tmp_path):
     assert [cell.key for cell in asked] == ["bf16_d64_s512_c", "bf16_d64_s1024_c"]
     assert "2.00" in result.stdout
     assert BenchRecord.load(path).providers == ("ours", "flash")
-    for words in (["--grid", "hopper"], ["--grid", "mma"], ["--against", "all", "--arch", "sm90", "--tile", "128x64"]):
+    for words in (
+        ["--grid", "hopper"],
+        ["--grid", "mma"],
+        ["--grid", "length"],
+        ["--against", "all", "--arch", "sm90", "--tile", "128x64"],
+    ):
         assert fmha("bench", *words).exit_code == 0
     assert wanted == [
         (["sdpa"], None),
         (["cudnn", "flash"], None),
         (["cudnn", "flash"], "sm90"),
+        (["cudnn", "flash", "math", "flex"], None),
         (["all"], "sm90 128x64"),
     ]
 
