@@ -21,7 +21,7 @@ NEWEST := .venv-newest
 
 CXX_FILES = $$(git ls-files 'kernel_src/*.h' 'kernel_src/*.cuh' 'kernel_src/*.cpp')
 
-.PHONY: demo test test-fast test-all test-newest constraints lint format gpu-test gpu-verify gpu-sanitize bench kernels clean
+.PHONY: demo test test-fast test-all test-newest constraints lint format gpu-test gpu-verify gpu-sanitize bench kernels wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fmha_runtime.demo
@@ -59,6 +59,10 @@ format: $(VENV)/lint
 kernels: $(VENV)/ready
 	$(BIN)/fmha build --into cubins
 
+# A wheel that carries its cubins, for machines without nvcc: make wheel ARCHS="sm90a sm89"; it lies in dist/.
+wheel: $(VENV)/ready
+	$(BIN)/python tools/wheel.py --arch $(ARCHS)
+
 # Into the package: the tests have a cache of their own.
 gpu-test: $(VENV)/ready
 	$(BIN)/fmha build --into cubins --arch sm90 --arch sm90a
@@ -81,10 +85,15 @@ $(VENV)/bin/python:
 
 # torch and the toolkit first: the extras then find their requirement met by the version that was chosen.
 $(VENV)/ready: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
-	$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TOOLKIT)")
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
-	touch $@
+	@echo "Setting up $(VENV), once; nothing outside it is changed."
+	@echo "1/3 $(TORCH): the largest download, silent until it is there"
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TORCH)"
+	@echo "2/3 nvcc: $(if $(HAS_NVCC),that of this machine is used,$(TOOLKIT))"
+	@$(if $(HAS_NVCC),,$(BIN)/python -m pip install --quiet $(CONSTRAINTS) "$(TOOLKIT)")
+	@echo "3/3 this package from its checkout, with $(EXTRAS): transformers and the demo's model among it"
+	@$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	@touch $@
+	@echo "$(VENV) is ready."
 
 $(VENV)/lint: pyproject.toml $(VENV)/ready
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"

@@ -107,6 +107,8 @@ def peers(feature: str, tensors: Sequence[Any], options: dict[str, Any]) -> Iter
     }
     for name, backend in backends.items():
         for bias in biases(feature, q, options):
+            if name == "cudnn" and bias is not None and bias.dtype not in (torch.bool, q.dtype):
+                continue  # torch takes it and reads its bytes as q's dtype (pytorch#191612): the output is nonsense
             try:
                 with warnings.catch_warnings(), sdpa_kernel(backend):
                     warnings.simplefilter("ignore")

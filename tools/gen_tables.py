@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated parts of README.md, docs/performance.md and docs/accuracy.md from what is recorded.
+"""Writes the generated parts of the README and of the pages in docs from what is recorded.
 
     python tools/gen_tables.py            rewrite the parts between markers
     python tools/gen_tables.py --check    change nothing, exit 1 when a part is out of date
@@ -15,24 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from fmha_runtime.bench import cells as bench_cells  # noqa: E402
-from fmha_runtime.bench.peers import SDPA  # noqa: E402
-from fmha_runtime.bench.record import OURS, BenchRecord  # noqa: E402
-from fmha_runtime.bench.run import BAND  # noqa: E402
+import speed_tables  # noqa: E402
+from speed_tables import markdown  # noqa: E402
+
 from fmha_runtime.errors import ArtifactError  # noqa: E402
 from fmha_runtime.kernels import catalog, ledger, sources, store  # noqa: E402
 from fmha_runtime.kernels.forward.tiles import SHORT_KEYS  # noqa: E402
 from fmha_runtime.kernels.pack import family as pack_family  # noqa: E402
-from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, DType, KernelSpec, Op  # noqa: E402
+from fmha_runtime.kernels.spec import HEAD_DIMS, Arch, KernelSpec, Op  # noqa: E402
 from fmha_runtime.kernels.tile import Tile  # noqa: E402
 from fmha_runtime.tune.record import Outcome, Tuned, TuneRecord  # noqa: E402
 
@@ -65,7 +62,7 @@ def support(root: Path) -> str:
     short = sum(spec.short for spec in everything)
     legend += f" *short*: {short} kernels that compute what their plain twins do, cut for up to {SHORT_KEYS} keys."
     where = f" Verified on: {', '.join(devices)}." if devices else ""
-    return f"{_markdown(rows)}\n\n{legend}{where}"
+    return f"{markdown(rows)}\n\n{legend}{where}"
 
 
 def _cell(specs: Sequence[KernelSpec], records: ledger.Ledger) -> str:
@@ -90,165 +87,6 @@ def proof(spec: KernelSpec, records: ledger.Ledger) -> str:
     return "emulator" if status.emulated and status.word not in ("same code", "other bytes") else status.word
 
 
-def speed(root: Path) -> str:
-    """The geometric means of every benchmark record, in a sentence each."""
-    lines = []
-    for path, record in _benchmarks(root):
-        link = path.relative_to(root).as_posix()
-        forced = f", forced to {record.meta['tile']}" if record.meta.get("tile") else ""
-        lines.append(f"[{path.stem}]({link}), {record.meta['gpu']}, torch {record.meta['torch']}{forced}:")
-        for peer in record.peers:
-            ratios, mean = record.ratios(peer), record.geometric_mean(peer)
-            if mean is not None:
-                lost = sum(r < 1 for r in ratios.values())
-                name = f"torch's {peer} backend" if peer in SDPA else "our band kernel" if peer == BAND else peer
-                lines.append(
-                    f"- {mean:.2f} times the speed of {name} (geometric mean of {len(ratios)} cells; slower in {lost})"
-                )
-        times = [h for h in record.host if h.host_us is not None]
-        if times:
-            host = ", ".join(f"{h.provider} {h.host_us:.1f} us" for h in times)
-            lines.append(f"- host time per call: {host}")
-        lines.append("")
-    return "\n".join(lines).strip() or "No benchmark is recorded yet: `fmha bench` writes one."
-
-
-def performance(root: Path) -> str:
-    """Every cell of every benchmark record."""
-    parts = []
-    for path, record in _benchmarks(root):
-        meta = record.meta
-        parts.append(f"## {path.stem}")
-        parts.append(
-            f"{meta['gpu']}, driver {meta['driver']}, torch {meta['torch']}, "
-            f"cuDNN {meta['cudnn']}, commit {str(meta['commit'])[:12]}, {meta['date'][:10]}. "
-            + (f"Forced to {meta['tile']}. " if meta.get("tile") else "")
-            + "TFLOP/s; `/peer` is our speed over the peer's, bold where we lose."
-        )
-        if path.with_suffix(".png").exists():
-            parts.append(f"![TFLOP/s over sequence length](bench/{path.stem}.png)")
-        peers = record.peers
-        rows = [["case", *record.providers, *(f"/{peer}" for peer in peers)]]
-        ratios = {peer: record.ratios(peer) for peer in peers}
-        for case in record.cases:
-            speeds = (record.tflops(case, name) for name in record.providers)
-            row = [case, *("-" if x is None else f"{x:.0f}" for x in speeds)]
-            row += (_ratio(ratios[peer].get(case)) for peer in peers)
-            rows.append(row)
-        means = [record.geometric_mean(peer) for peer in peers]
-        rows.append(["geometric mean", *("" for _ in record.providers), *map(_ratio, means)])
-        parts.append(_markdown(rows))
-        for (provider, reason), cases in record.absences().items():
-            name = "this library" if provider == OURS else provider
-            parts.append(f"- {name} is absent from {len(cases)} cells: {reason}")
-    return "\n\n".join(parts) or "No benchmark is recorded yet: `fmha bench` writes one."
-
-
-PEERS_FILE = "peers_h200.json"
-FLOOR = 0.95  # no cell of the yardstick may be below
-GOAL = 1.05  # of the geometric mean
-PACKED_FLOOR = 0.9  # of a packed mask's speed over the band's
-LABELS = {"cudnn": "cuDNN", "flash": "torch's flash", "flash_attn_3": "FA3", "flash_attn_4": "FA4"}  # of peers
-
-
-def yardstick(root: Path) -> str:
-    """Ours over the best of those that ran in the same process, and ours / cuDNN against best / cuDNN as the peers were
-    measured once, for the cells of the hopper grid."""
-    found = _latest(root, [cell.key for cell in bench_cells.hopper() if cell.dtype is DType.BF16])
-    if found is None:
-        return "Not recorded yet: `fmha bench --grid hopper --json docs/bench/NAME.json`."
-    path, record = found
-    then, over_cudnn = _peers(root)["cells"], record.ratios("cudnn")
-    here = _present(record)
-    parts = [f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}."]
-    for dtype in ("bf16", "fp16"):
-        wanted = [c.key for c in bench_cells.hopper() if c.dtype.value == dtype]
-        rows = [["case", "ours", *(LABELS[name] for name in here), "ours / best here", "best / cuDNN then", "quotient"]]
-        to_best, quotients, plain = [], [], []
-        for case in wanted:
-            ours = record.tflops(case, OURS)
-            theirs = [record.tflops(case, name) for name in here]
-            ratio = _over_best(ours, theirs)
-            old = then.get(case)
-            quotient = over_cudnn[case] / old["best_over_cudnn"] if old and case in over_cudnn else None
-            to_best += [ratio] if ratio is not None else []
-            quotients += [quotient] if quotient is not None else []
-            plain += [ours / old["best"]] if old and ours else []
-            row = [case, *map(_speed, (ours, *theirs)), _mark(ratio, FLOOR)]
-            rows.append([*row, f"{old['best_over_cudnn']:.2f}" if old else "-", _mark(quotient, FLOOR)])
-        text = f"**{dtype}**, {len(to_best)} of {len(wanted)} cells measured."
-        if to_best:
-            names, ahead = ", ".join(LABELS[name] for name in here), sum(r > 1 for r in to_best)
-            text += f" Over the best of {names} in the same process: {_summary(to_best)}, ahead in {ahead}."
-        if quotients:
-            text += f" The quotient with the peers' record ({len(quotients)} cells): {_summary(quotients)}."
-            text += f" Plain TFLOP/s over that record's best, from another day: {_summary(plain)}."
-        parts += [text, _markdown(rows)]
-    return "\n\n".join(parts)
-
-
-def _present(record: BenchRecord) -> list[str]:
-    """The peers that ran at least one cell of a record."""
-    return [name for name in LABELS if any(t.provider == name and t.tflops for t in record.cells)]
-
-
-def _over_best(ours: float | None, theirs: Sequence[float | None]) -> float | None:
-    best = max((speed for speed in theirs if speed), default=None)
-    return ours / best if ours and best else None
-
-
-def _summary(ratios: Sequence[float]) -> str:
-    mean, low = statistics.geometric_mean(ratios), sum(r < FLOOR for r in ratios)
-    return f"geometric mean {mean:.3f} (goal {GOAL}), lowest {min(ratios):.2f}, {low} below {FLOOR}"
-
-
-def goals(root: Path) -> str:
-    """TFLOP/s at 16k tokens against the goals."""
-    wanted = _peers(root)["goals"]
-    found = _latest(root, list(wanted))
-    if found is None:
-        return "Not recorded yet: see the yardstick."
-    path, record = found
-    cells, ratios = _peers(root)["cells"], record.ratios("cudnn")
-    rows = [["d", "mask", "goal", "ours", "ours / goal", "best peer", "ours / cuDNN", "best / cuDNN"]]
-    for case, goal in wanted.items():
-        ours = record.tflops(case, OURS)
-        _, dims, _, mask = case.split("_")
-        row = [dims[1:], {"n": "full", "c": "causal"}[mask], str(goal), _speed(ours)]
-        row += [_mark(ours / goal if ours else None, 1.0), str(cells[case]["best"])]
-        rows.append([*row, _mark(ratios.get(case), 0.0), f"{cells[case]['best_over_cudnn']:.2f}"])
-    met = sum((record.tflops(case, OURS) or 0) >= goal for case, goal in wanted.items())
-    return f"From [{path.stem}](bench/{path.name}): {met} of {len(wanted)} goals met.\n\n{_markdown(rows)}"
-
-
-def feature_speed(root: Path) -> str:
-    """The feature cells against those who ran in the same process, and the best of the peers' record."""
-    wanted = [cell.key for cell in bench_cells.features()]
-    found = _latest(root, wanted)
-    if found is None:
-        return "Not recorded yet: `fmha bench --grid features --json docs/bench/NAME.json`."
-    path, record = found
-    then = _peers(root)["cells"]
-    here = _present(record)
-    rows = [["case", "ours", *(LABELS[name] for name in here), "ours / best here", "best then", "ours / best then"]]
-    for case in wanted:
-        ours, theirs, old = record.tflops(case, OURS), [record.tflops(case, name) for name in here], then.get(case)
-        row = [case, *map(_speed, (ours, *theirs))]
-        if old is None:  # a packed mask: held against our own band kernel
-            band = _mark(record.ratios(BAND).get(case), PACKED_FLOOR)
-            rows.append([*row, f"{band} of our band kernel", "-", "-"])
-            continue
-        who = next(name for name, value in old["tflops"].items() if value == old["best"])
-        row += [_mark(_over_best(ours, theirs), 1.0), f"{old['best']} ({who})"]
-        rows.append([*row, _mark(ours / old["best"] if ours else None, 1.0)])
-    text = (
-        f"From [{path.stem}](bench/{path.name}), {_circumstances(record)}. Bold: below the best peer, or a packed mask"
-    )
-    text += f" below {PACKED_FLOOR} of the band kernel."
-    absent = [f"- {who} is absent from {len(cases)} cells: {why}" for (who, why), cases in record.absences().items()]
-    return "\n\n".join([text, _markdown(rows), "\n".join(absent)])
-
-
 def tiles(root: Path) -> str:
     """What tuning runs chose, and what the catalogue has now."""
     parts = []
@@ -269,46 +107,13 @@ def tiles(root: Path) -> str:
         parts.append(
             f"[{path.stem}](notes/{path.name}), {where}. The score is the geometric mean of the speed over cuDNN's."
         )
-        parts.append(_markdown(rows))
+        parts.append(markdown(rows))
     return "\n\n".join(parts) or "No run is recorded yet: `fmha tune --json docs/notes/tune_NAME.json`."
 
 
 def _score(tuned: Tuned, outcome: Outcome | None) -> str:
     score = tuned.score(outcome) if outcome else None
     return "-" if score is None else f"{score:.3f}"
-
-
-def _latest(root: Path, cases: Sequence[str]) -> tuple[Path, BenchRecord] | None:
-    """The newest record, of kernels that nobody forced, that has at least nine tenths of the cases."""
-    fits = []
-    for path, record in _benchmarks(root):
-        mine = {t.case for t in record.cells if t.provider == OURS and t.tflops is not None}
-        if not record.meta.get("tile") and sum(case in mine for case in cases) >= 0.9 * len(cases):
-            fits.append((str(record.meta["date"]), path, record))
-    return max(fits, key=lambda item: item[:2])[1:] if fits else None
-
-
-def _peers(root: Path) -> Any:
-    for folder in (root, ROOT):  # a test's root has records only
-        path = folder / "docs" / "bench" / PEERS_FILE
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-    raise ArtifactError(f"{PEERS_FILE} is missing from docs/bench; restore the checkout")
-
-
-def _circumstances(record: BenchRecord) -> str:
-    meta = record.meta
-    return f"{meta['gpu']}, torch {meta['torch']}, cuDNN {meta['cudnn']}, {meta['date'][:10]}"
-
-
-def _speed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _mark(value: float | None, floor: float) -> str:
-    if value is None:
-        return "-"
-    return f"**{value:.2f}**" if value < floor else f"{value:.2f}"
 
 
 def host_time(root: Path) -> str:
@@ -323,7 +128,7 @@ def host_time(root: Path) -> str:
     for call in calls:
         times = (record["host_us"].get(call) for record in records)
         table.append([call, *("-" if x is None else f"{x['median_us']:.1f} ({x['best_us']:.1f})" for x in times)])
-    parts = [_markdown(table)]
+    parts = [markdown(table)]
     for path, record in found.items():
         if rows := record.get("new_lengths"):
             heads = [
@@ -339,7 +144,7 @@ def host_time(root: Path) -> str:
             ]
             parts += [
                 f"{path.stem} ({record['meta']['gpu']}, {record['meta']['date'][:10]}):",
-                _markdown([heads, *cells]),
+                markdown([heads, *cells]),
             ]
         if first := record.get("first"):
             parts.append(
@@ -376,20 +181,23 @@ def accuracy(root: Path) -> str:
             table.append([f"{feature} {dtype} d{d}", *cells])
         where = f"{meta['gpu']}, torch {meta['torch']}, cuDNN {meta['cudnn']}, {meta['seqlen']} tokens"
         parts += [f"## {path.stem}", f"{where}, commit {str(meta['commit'])[:12]}, {meta['date'][:10]}."]
-        parts.append(_markdown(table))
+        parts.append(markdown(table))
     return "\n\n".join(parts)
 
 
 PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"support": support, "speed": speed},
+    "README.md": {"support": support, "speed": speed_tables.summary},
     "docs/performance.md": {
-        "yardstick": yardstick,
-        "goals": goals,
-        "features": feature_speed,
+        "overview": speed_tables.overview,
+        "features": speed_tables.features,
         "host": host_time,
-        "tiles": tiles,
-        "performance": performance,
     },
+    "docs/performance_cells.md": {
+        "cells": speed_tables.cells,
+        "tiles": tiles,
+        "records": speed_tables.full_records,
+    },
+    "docs/notes/targets.md": {"targets": speed_tables.targets},
     "docs/accuracy.md": {"accuracy": accuracy},
 }
 
@@ -427,23 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in outdated:
         print(f"{name} {verb}")
     return 1 if options.check and outdated else 0
-
-
-def _benchmarks(root: Path) -> list[tuple[Path, BenchRecord]]:
-    files = sorted((root / "docs" / "bench").glob("*.json"))
-    return [(path, BenchRecord.load(path)) for path in files if path.name != PEERS_FILE]
-
-
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ Window = tuple[int | None, int | None] | None
 TOKENS = 16384  # batch * queries of every cell
 WIDTH = 2048  # heads * head_dim of every cell, as near as whole heads come from below
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-GRID_LENGTHS = (512, 2048, 8192, 16384)  # those of the goals
+GRID_LENGTHS = (512, 2048, 8192, 16384)  # of the hopper grid
+LONG_LENGTHS = (*LENGTHS, 32768)
 MIXED = (512, 8192, 128, 2048, 256, 4096, 128, 1024)
 """Lengths of the varlen cells: 16k tokens, mostly in long sequences, in no order."""
 SOFTCAP = 30.0
@@ -48,6 +49,7 @@ class Cell:
     alibi: bool = False
     packed: bool = False  # the causal mask comes as bits, not as an option
     page_size: int = 0  # K and V in pages; 0: contiguous
+    sequences: int = 0  # the batch, at every length; 0: as many as make TOKENS tokens
     name: str = ""  # overrides the key
 
     @property
@@ -57,7 +59,7 @@ class Cell:
 
     @property
     def batch(self) -> int:
-        return len(self.lengths) or max(1, TOKENS // self.seqlen_q)
+        return len(self.lengths) or self.sequences or max(1, TOKENS // self.seqlen_q)
 
     @property
     def heads(self) -> int:
@@ -69,7 +71,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """For example bf16_d64_s512_c: c is causal, n neither causal nor windowed."""
+        """For example bf16_d64_s512_c: c is causal, n neither causal nor windowed. Where the batch is fixed, it and the
+        heads come first: b1_h8_bf16_d64_s512_c."""
         if self.name:
             return self.name
         dims = f"d{self.head_dim}"
@@ -78,7 +81,8 @@ class Cell:
         if self.window is not None:
             left, right = ("inf" if x is None else x for x in self.window)
             mask += f"_w{left}-{right}"
-        return f"{self.dtype.value}_{dims}_s{self.seqlen}_{mask}"
+        batch = f"b{self.sequences}_h{self.heads}_" if self.sequences else ""
+        return f"{batch}{self.dtype.value}_{dims}_s{self.seqlen}_{mask}"
 
     @property
     def pairs(self) -> float:
@@ -182,7 +186,7 @@ def grid(
 
 
 def hopper() -> tuple[Cell, ...]:
-    """The 96 cells of the yardstick in bf16, then fp16 at three head dims."""
+    """Every square head dim in bf16, 96 cells, then fp16 at three head dims."""
     square = [dims for dims in HEAD_DIMS if dims[0] == dims[1]]
     some = [(d, d) for d in (64, 128, 256)]
     return grid((DType.BF16,), square, GRID_LENGTHS) + grid((DType.FP16,), some, GRID_LENGTHS)
@@ -220,12 +224,19 @@ def quick() -> tuple[Cell, ...]:
     return grid((DType.BF16,), ((64, 64), (128, 128)), (512, 2048, 16384))
 
 
+def length() -> tuple[Cell, ...]:
+    """One sequence of 8 heads, from short to long: what time and memory grow like."""
+    shapes = grid((DType.BF16,), ((64, 64), (128, 128)), LONG_LENGTHS)
+    return tuple(replace(cell, sequences=1, grouped=(8, 8)) for cell in shapes)
+
+
 GRIDS: dict[str, Callable[[], tuple[Cell, ...]]] = {
     "standard": grid,
     "hopper": hopper,
     "mma": grid,  # the same cells, on the mma.sync kernels
     "features": features,
     "quick": quick,
+    "length": length,
 }
 
 

@@ -50,7 +50,7 @@ def features(cell: Cell) -> Iterator[str]:
             yield word
 
 
-def _only(who: str, cell: Cell, *allowed: str) -> None:
+def only(who: str, cell: Cell, *allowed: str) -> None:
     """Refuse a cell that asks for anything else.
 
     Raises:
@@ -82,7 +82,7 @@ def _varlen(cell: Cell, x: Inputs) -> dict[str, Any]:
 
 def _flash_attn_2(cell: Cell, x: Inputs) -> Runnable:
     library = importlib.import_module("flash_attn")
-    _only("flash_attn 2", cell, "softcap", "ALiBi", "window", "varlen", "paged KV", "GQA")
+    only("flash_attn 2", cell, "softcap", "ALiBi", "window", "varlen", "paged KV", "GQA")
     options: dict[str, Any] = {"causal": cell.causal, "window_size": _window(cell, -1)}
     if cell.softcap:
         options["softcap"] = cell.softcap
@@ -101,7 +101,7 @@ def _flash_attn_2(cell: Cell, x: Inputs) -> Runnable:
 
 def _flash_attn_3(cell: Cell, x: Inputs) -> Runnable:
     library = importlib.import_module("flash_attn_interface")
-    _only("flash_attn 3", cell, "softcap", "window", "varlen", "paged KV", "GQA", "two head dims")
+    only("flash_attn 3", cell, "softcap", "window", "varlen", "paged KV", "GQA", "two head dims")
     options: dict[str, Any] = {"causal": cell.causal, "window_size": _window(cell, -1)}
     if cell.softcap:
         options["softcap"] = cell.softcap
@@ -116,7 +116,7 @@ def _flash_attn_3(cell: Cell, x: Inputs) -> Runnable:
 
 def _flash_attn_4(cell: Cell, x: Inputs) -> Runnable:
     library = importlib.import_module("flash_attn.cute")
-    _only("flash_attn 4", cell, "softcap", "window", "varlen", "paged KV", "GQA", "two head dims")
+    only("flash_attn 4", cell, "softcap", "window", "varlen", "paged KV", "GQA", "two head dims")
     options: dict[str, Any] = {"causal": cell.causal, "window_size": _window(cell, None)}
     if cell.softcap:
         options["softcap"] = cell.softcap
@@ -134,7 +134,7 @@ def _flashinfer(cell: Cell, x: Inputs) -> Runnable:
     import torch
 
     library = importlib.import_module("flashinfer")
-    _only("FlashInfer", cell, "softcap", "ALiBi", "window", "varlen", "paged KV", "GQA")
+    only("FlashInfer", cell, "softcap", "ALiBi", "window", "varlen", "paged KV", "GQA")
     if cell.head_dim not in _FLASHINFER_DIMS:
         raise Absent(f"FlashInfer has kernels for head dims {', '.join(map(str, _FLASHINFER_DIMS))}")
     if cell.window is not None and cell.window[1] != 0:
@@ -173,7 +173,7 @@ def _flashinfer(cell: Cell, x: Inputs) -> Runnable:
 def _xformers(cell: Cell, x: Inputs) -> Runnable:
     ops = importlib.import_module("xformers.ops")
     biases = importlib.import_module("xformers.ops.fmha.attn_bias")
-    _only("xFormers", cell, "window", "varlen", "GQA", "two head dims")
+    only("xFormers", cell, "window", "varlen", "GQA", "two head dims")
     if cell.lengths and cell.window is not None:
         raise Absent("xFormers: windows of varlen batches are not measured")
     q, k, v = x.q, x.k, x.v

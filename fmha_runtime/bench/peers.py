@@ -2,7 +2,7 @@
 """The others: the attention backends of torch, and every attention library that can be imported.
 
 An adapter turns a cell and its tensors into a call, or raises ``Absent`` with the reason. Nothing is imported before
-``find`` looks for it. The libraries' adapters are in bench_libraries.py.
+``find`` looks for it. The libraries' adapters are in libraries.py, that of flex_attention in flex.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from . import flex
 from . import libraries as bench_libraries
 from .cells import Cell, Inputs
 from .provider import Absent, Peer, Runnable, reason
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 
 SDPA = ("cudnn", "flash", "efficient", "math")
 MATH_LENGTH = 2048
-"""Longest sequence for torch's math backend, which writes out every score."""
+"""Longest sequence for torch's math backend, which writes out every score; the length grid goes as far as memory."""
+_SCORES = 3
+"""How often the math backend holds the scores in fp32, at most: before and after the softmax, and a mask."""
 
 
 def peers() -> dict[str, Peer]:
     """Everyone there is an adapter for, installed or not."""
     torchs = [Peer(name, "torch", partial(_torch, name), f"torch's SDPA, {name} backend") for name in SDPA]
-    return {peer.name: peer for peer in (*torchs, *bench_libraries.peers())}
+    return {peer.name: peer for peer in (*torchs, flex.peer(), *bench_libraries.peers())}
 
 
 def find(words: Iterable[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -90,8 +93,8 @@ def _torch(name: str, cell: Cell, x: Inputs) -> Runnable:
         raise Absent(f"torch's SDPA has no {what} for this backend")
     if name == "flash" and (cell.alibi or cell.packed):
         raise Absent("torch's flash backend takes no mask tensor")
-    if name == "math" and cell.seqlen > MATH_LENGTH:
-        raise Absent(f"it writes out every score: measured up to {MATH_LENGTH} tokens")
+    if name == "math":
+        _check_scores(cell, x)
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
     options: dict[str, Any] = {"is_causal": cell.causal}
     if cell.heads != cell.heads_k:
@@ -112,6 +115,33 @@ def _torch(name: str, cell: Cell, x: Inputs) -> Runnable:
             reasons = [str(note.message).split(" (Triggered")[0].strip() for note in notes]
             raise Absent("; ".join(reasons) or reason(error)) from error
     return Runnable(call, lambda: sdpa_kernel([backend]), output=lambda out: out.transpose(1, 2))
+
+
+def _check_scores(cell: Cell, x: Inputs) -> None:
+    """Refuse the math backend where its scores are too many: a fixed length, or in the length grid the free memory.
+
+    Raises:
+        Absent: they are.
+    """
+    if not cell.sequences:
+        if cell.seqlen > MATH_LENGTH:
+            raise Absent(f"it writes out every score: measured up to {MATH_LENGTH} tokens")
+        return
+    needed = _SCORES * 4 * cell.batch * cell.heads * cell.seqlen_q * cell.seqlen
+    free = _free_bytes(x)
+    if free is not None and needed > free:
+        gib = 2**30
+        raise Absent(f"it writes out every score: up to {needed / gib:.0f} GiB, {free / gib:.0f} GiB are free")
+
+
+def _free_bytes(x: Inputs) -> int | None:
+    """What torch can still get on the device of the inputs; None on the CPU, which is not limited here."""
+    import torch
+
+    if not x.q.is_cuda:
+        return None
+    kept = torch.cuda.memory_reserved(x.q.device) - torch.cuda.memory_allocated(x.q.device)
+    return int(torch.cuda.mem_get_info(x.q.device)[0]) + kept
 
 
 def _torch_flash(cell: Cell, x: Inputs) -> Runnable:

@@ -6,15 +6,53 @@ Needs neither torch nor a GPU: tables and plots are made from recorded files.
 
 from __future__ import annotations
 
+import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..errors import InputError
 
 SCHEMA = 1
 OURS = "ours"
+_KEY = re.compile(
+    r"((?P<batch>b\d+_h\d+)_)?(?P<dtype>bf16|fp16)_d(?P<d>\d+)(x(?P<dv>\d+))?_s(?P<seqlen>\d+)_(?P<mask>.+)"
+)
+_MASKS = {"c": "causal", "n": "full"}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the name of a cell says.
+
+    ``mask`` is full, causal or the name's own word for a window; ``batch`` is b1_h8 where batch and heads are the same
+    at every length, else empty.
+    """
+
+    dtype: str
+    head_dims: tuple[int, int]
+    seqlen: int
+    mask: str
+    batch: str = ""
+
+    @property
+    def dims(self) -> str:
+        """For example d64 or d192x128."""
+        d, dv = self.head_dims
+        return f"d{d}" if d == dv else f"d{d}x{dv}"
+
+
+def axes(case: str) -> Axes | None:
+    """The axes in the name of a cell; None for a cell with a name of its own, such as those of the features."""
+    found = _KEY.fullmatch(case)
+    if found is None:
+        return None
+    d, mask = int(found["d"]), found["mask"]
+    dims, batch = (d, int(found["dv"] or d)), found["batch"] or ""
+    return Axes(found["dtype"], dims, int(found["seqlen"]), _MASKS.get(mask, mask), batch)
 
 
 @dataclass(frozen=True)
@@ -68,8 +106,8 @@ class BenchRecord:
 
     def tflops(self, case: str, provider: str) -> float | None:
         """None where the provider did not run."""
-        wanted = (case, provider)
-        return next((t.tflops for t in self.cells if (t.case, t.provider) == wanted), None)
+        found = self.timing(case, provider)
+        return found.tflops if found else None
 
     def ratios(self, peer: str) -> dict[str, float]:
         """This library's speed over the peer's, for the cells that both ran; below 1 it loses."""
@@ -86,6 +124,41 @@ class BenchRecord:
         if not ratios:
             return None
         return statistics.geometric_mean(ratios.values())
+
+    def only(
+        self,
+        dtypes: Collection[str] | None = None,
+        head_dims: Collection[tuple[int, int]] | None = None,
+        lengths: Collection[int] | None = None,
+        masks: Collection[str] | None = None,
+    ) -> BenchRecord:
+        """The cells whose names have these axes; None is any. A cell with a name of its own has none.
+
+        Raises:
+            InputError: nothing is left.
+        """
+
+        def wanted(case: str) -> bool:
+            found = axes(case)
+            return found is not None and all(
+                allowed is None or value in allowed
+                for value, allowed in (
+                    (found.dtype, dtypes),
+                    (found.head_dims, head_dims),
+                    (found.seqlen, lengths),
+                    (found.mask, masks),
+                )
+            )
+
+        cells = tuple(t for t in self.cells if wanted(t.case))
+        if not cells:
+            has = ", ".join(self.cases[:3])
+            raise InputError(f"no cell of the record has these dtypes, head dims, lengths and masks; it has {has}, ...")
+        return replace(self, cells=cells)
+
+    def timing(self, case: str, provider: str) -> Timing | None:
+        """None where nobody asked this provider."""
+        return next((t for t in self.cells if (t.case, t.provider) == (case, provider)), None)
 
     def absences(self) -> dict[tuple[str, str], list[str]]:
         """The cells that were not run, by provider and reason."""
@@ -114,6 +187,11 @@ class BenchRecord:
         cells = tuple(records.parsed(Timing, item) for item in data["cells"])
         return cls(dict(data["meta"]), cells, tuple(records.parsed(HostTime, item) for item in data["host"]))
 
+    @property
+    def over_length(self) -> bool:
+        """Whether this is of the length grid, where time and memory are what counts."""
+        return all((at := axes(case)) is not None and at.batch for case in self.cases) and bool(self.cells)
+
     def lines(self) -> list[str]:
         """The table of ``fmha bench``: TFLOP/s, ratio to each peer, losing cells marked."""
         peers = self.peers
@@ -125,6 +203,9 @@ class BenchRecord:
             rows.append([case, *speeds, *ratios])
         lines = records.table([head, *rows], left=1)
         lines.append("TFLOP/s; /peer = ours over the peer's, < marks a cell that we lose")
+        if self.over_length:
+            lines += [*self._costs("median_us"), "microseconds", *self._costs("peak_mib")]
+            lines.append("MiB of device memory that a call takes at its peak, its output included")
         for (provider, reason), cases in self.absences().items():
             lines.append(f"absent: {provider} in {len(cases)} cells: {reason}")
         for peer in peers:
@@ -141,6 +222,15 @@ class BenchRecord:
             text = f"{h.host_us:.1f} us" if h.host_us is not None else f"absent: {h.absent}"
             lines.append(f"host time per call, {h.case}, {h.provider}: {text}")
         return lines
+
+    def _costs(self, quantity: str) -> list[str]:
+        """A table of what a call takes, a column a provider."""
+        rows = [["case", *self.providers]]
+        for case in self.cases:
+            timings = (self.timing(case, name) for name in self.providers)
+            found = (getattr(timing, quantity) if timing else None for timing in timings)
+            rows.append([case, *("-" if value is None else f"{value:.0f}" for value in found)])
+        return records.table(rows, left=1)
 
 
 def _peak(timing: Timing) -> float:

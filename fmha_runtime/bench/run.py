@@ -168,7 +168,9 @@ def run(
         **{"clock_mhz_before": clock_before, "clock_mhz_after": _clock_mhz(device)},
         **{"date": records.now()},
         **{"seconds": round(time.monotonic() - begin, 1), "tokens": TOKENS, "width": WIDTH},
-        **{"flush_mib": FLUSH_BYTES >> 20, "math_backend_up_to": MATH_LENGTH},
+        **{"flush_mib": FLUSH_BYTES >> 20},
+        # A fixed batch goes as far as the memory allows; who is absent says how much that was.
+        **{"math_backend_up_to": None if any(cell.sequences for cell in cells) else MATH_LENGTH},
     }
     return BenchRecord(meta, tuple(timings), tuple(host_times(name, found)))
 

@@ -60,12 +60,17 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: ``plan`` once, with the number of kernels to compile, then ``done`` per kernel."""
+    """Progress: ``plan`` once, then ``done`` per kernel.
+
+    The plan has the kernels to compile in ``specs``, and in ``workers`` how many compilers run at once.
+    """
 
     kind: str
     done: int
     total: int
     result: BuildResult | None = None
+    specs: tuple[KernelSpec, ...] = ()
+    workers: int = 1
 
 
 def build(
@@ -114,14 +119,14 @@ def build(
                 results[spec] = BuildResult(spec, tiles[spec], "up to date", row, lock=_lock(row))
     todo = [spec for spec in tiles if spec not in results]
     notify = on_event or (lambda event: None)
-    notify(Event("plan", 0, len(todo)))
+    workers = jobs or config.build_jobs()
+    notify(Event("plan", 0, len(todo), specs=tuple(todo), workers=min(workers, len(todo))))
     if not todo:
         return [results[spec] for spec in tiles]
     if nvcc is None:
         raise complaint
     cxx = find_host_cxx()
     root = into or cache.create(config.cache_dir())
-    workers = jobs or config.build_jobs()
     scratch = publish.scratch(root)
     finished: list[tuple[KernelRow, Path]] = []
     pool, leash = ThreadPoolExecutor(workers), Leash()

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +16,12 @@ from helpers import ROOT
 
 from fmha_runtime.bench import cells as bench_cells
 from fmha_runtime.bench import peers as bench_peers
-from fmha_runtime.bench import plots
 from fmha_runtime.bench import run as bencher
 from fmha_runtime.bench.cells import Cell, Inputs
 from fmha_runtime.bench.provider import Peer
-from fmha_runtime.bench.record import BenchRecord, HostTime, Timing
 from fmha_runtime.bench.run import Runnable
 from fmha_runtime.calls import api
-from fmha_runtime.errors import ArtifactError, DriverError, FmhaError, InputError, KernelNotBuilt
+from fmha_runtime.errors import DriverError, FmhaError, InputError, KernelNotBuilt
 from fmha_runtime.kernels.spec import DType
 from fmha_runtime.ops.forward.reference import attention, band
 
@@ -277,22 +272,22 @@ def test_a_providers_own_error_is_on_record(small: Cell, monkeypatch: pytest.Mon
     assert absent["math"] == "AssertionError: head_dim must be 64"
 
 
-def test_the_hopper_grid_is_the_yardsticks() -> None:
-    import gen_tables
+def test_the_hopper_grid_has_the_cells_of_the_peers() -> None:
+    import speed_tables
 
     cells = bench_cells.hopper()
     keys = [cell.key for cell in cells if cell.dtype is DType.BF16]
-    known = gen_tables._peers(gen_tables.ROOT)
+    known = speed_tables.peers(ROOT)
     assert len(keys) == 96 and set(keys) == {key for key in known["cells"] if key.startswith("bf16_")}
     assert {c.head_dim for c in cells if c.dtype is DType.FP16} == {64, 128, 256} and len(cells) == 120
     assert set(known["goals"]) == {key for key in keys if "_s16384_" in key}
 
 
 def test_the_feature_grid_has_the_names_of_the_peers() -> None:
-    import gen_tables
+    import speed_tables
 
     cells = {cell.key: cell for cell in bench_cells.features()}
-    known = gen_tables._peers(gen_tables.ROOT)["cells"]
+    known = speed_tables.peers(ROOT)["cells"]
     assert len(cells) == 14 and all(c.head_dim == 128 for c in cells.values())
     assert {key for key in cells if key not in known} == {"packed_d128_s2048_c", "packed_d128_s8192_c"}
     gqa = cells["gqa32_8_d128_s4096_n"]
@@ -331,162 +326,3 @@ def test_peers_are_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises((DriverError, FmhaError), match=r"driver|GPU"):
         bencher.run(bench_cells.grid(), peers=("cudnn",))
-
-
-def example() -> BenchRecord:
-    meta = {
-        **{"gpu": "Some GPU", "driver": "580", "torch": "2.11", "cudnn": 91900},
-        **{"commit": "abcdef", "date": "2026-11-21T10:00:00+00:00"},
-    }
-    cells = (
-        Timing("bf16_d64_s512_n", "ours", 10.0, 9.0, 200.0, 20, 64.0, "fmha_fwd_sm90_bf16_d64"),
-        Timing("bf16_d64_s512_n", "cudnn", 5.0, 5.0, 400.0, 20, 64.0),
-        Timing("bf16_d64_s512_n", "flash", 20.0, 19.0, 100.0, 20, 64.0),
-        Timing("bf16_d80_s512_c", "ours", 10.0, 9.0, 300.0, 20, 64.0, "fmha_fwd_sm90_bf16_d80"),
-        Timing("bf16_d80_s512_c", "cudnn", absent="no such head dim"),
-        Timing("bf16_d80_s512_c", "flash", 5.0, 5.0, 150.0, 20, 64.0),
-    )
-    host = (HostTime("b1", "ours", 9.5), HostTime("b1", "cudnn", absent="not there"))
-    return BenchRecord(meta, cells, host)
-
-
-def test_ratios_and_geometric_means() -> None:
-    record = example()
-    assert record.providers == ("ours", "cudnn", "flash")
-    assert record.ratios("flash") == {"bf16_d64_s512_n": 2.0, "bf16_d80_s512_c": 2.0}
-    assert record.ratios("cudnn") == {"bf16_d64_s512_n": 0.5}
-    assert record.geometric_mean("flash") == pytest.approx(2.0)
-    assert record.geometric_mean("math") is None
-
-
-def test_the_table_marks_losses_and_lists_absences() -> None:
-    lines = example().lines()
-    assert lines[0].split() == ["case", "ours", "cudnn", "flash", "/cudnn", "/flash"]
-    assert lines[1].split() == ["bf16_d64_s512_n", "200", "400", "100", "0.50<", "2.00"]
-    assert lines[2].split() == ["bf16_d80_s512_c", "300", "-", "150", "-", "2.00"]
-    text = "\n".join(lines)
-    assert "absent: cudnn in 1 cells: no such head dim" in text
-    assert "geometric mean vs cudnn: 0.500 over 1 cells, 1 lost" in text
-    assert "geometric mean vs flash: 2.000 over 2 cells, 0 lost" in text
-    assert "at most, flash: 64 MiB (bf16_d64_s512_n)" in text
-    assert "ours: 9.5 us" in text and "cudnn: absent: not there" in text
-
-
-def test_a_record_survives_the_disk(tmp_path: Path) -> None:
-    path = tmp_path / "sub" / "r.json"
-    example().save(path)
-    assert BenchRecord.load(path) == example()
-    data = json.loads(path.read_text())
-    assert set(data) == {"schema", "meta", "cells", "host"} and data["schema"] == 1
-    assert set(data["cells"][0]) >= {"case", "provider", "median_us", "tflops", "absent"}
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"schema": 2}', '{"schema": 1, "meta": {}}'])
-def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(ArtifactError, match=r"r\.json"):
-        BenchRecord.load(path)
-    with pytest.raises(ArtifactError):
-        BenchRecord.load(tmp_path / "none.json")
-
-
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "r.png"
-    plots.speed(example(), path)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(InputError, match="no cells"):
-        plots.speed(BenchRecord({}, ()), path)
-
-
-def test_the_generated_pages_say_where_we_lose(tmp_path: Path) -> None:
-    import gen_tables
-
-    assert "No benchmark" in gen_tables.speed(tmp_path)
-    example().save(tmp_path / "docs" / "bench" / "h200.json")
-    page = gen_tables.performance(tmp_path)
-    assert "| bf16_d64_s512_n | 200 | 400 | 100 | **0.50** | 2.00 |" in page
-    assert "| geometric mean |  |  |  | **0.50** | 2.00 |" in page
-    assert "cudnn is absent from 1 cells: no such head dim" in page
-    assert "slower in 1" in gen_tables.speed(tmp_path)
-
-
-def hopper_record(ratio: float, date: str = "2026-11-22", tile: str | None = None) -> BenchRecord:
-    """Every cell of the hopper grid: cuDNN at 100, ours ``ratio`` times the best peer's ratio to cuDNN."""
-    import gen_tables
-
-    known = gen_tables._peers(gen_tables.ROOT)["cells"]
-    cells = []
-    for cell in bench_cells.hopper():
-        best = known.get(cell.key, {"best_over_cudnn": 1.0})["best_over_cudnn"]
-        slow = 0.5 if cell.key == "bf16_d40_s512_c" else 1.0
-        cells += [
-            Timing(cell.key, "ours", 1.0, 1.0, 100 * best * ratio * slow, 20),
-            Timing(cell.key, "cudnn", 1.0, 1.0, 100.0, 20),
-        ]
-    meta = {"gpu": "G", "driver": "5", "torch": "2", "cudnn": 9, "commit": "x", "date": date, "tile": tile}
-    return BenchRecord(meta, tuple(cells))
-
-
-def test_the_yardstick_is_the_ratio_of_ratios(tmp_path: Path) -> None:
-    import gen_tables
-
-    assert "Not recorded" in gen_tables.yardstick(tmp_path) and "Not recorded" in gen_tables.goals(tmp_path)
-    folder = tmp_path / "docs" / "bench"
-    hopper_record(1.1).save(folder / "new.json")
-    hopper_record(9.0, "2026-11-21").save(folder / "old.json")
-    hopper_record(9.0, "2026-11-23", tile="sm90").save(folder / "forced.json")
-    page = gen_tables.yardstick(tmp_path)
-    assert "bench/new.json" in page
-    assert "**bf16**, 96 of 96 cells measured. Over the best of cuDNN in the same process: geometric mean 1.2" in page
-    quotient = (
-        "The quotient with the peers' record (96 cells): geometric mean 1.092 (goal 1.05), lowest 0.55, 1 below 0.95"
-    )
-    assert quotient in page
-    assert "| bf16_d40_s512_c | 55 | 100 | **0.55** | 1.00 | **0.55** |" in page
-    assert "| bf16_d32_s16384_n | 158 | 100 | 1.58 | 1.44 | 1.10 |" in page
-    assert "**fp16**, 24 of 24 cells" in page and "the peers' record (18 cells): geometric mean 1.100" in page
-    assert "| fp16_d64_s512_n | 110 | 100 | 1.10 | - | - |" in page
-
-
-def test_the_yardstick_names_who_ran_in_the_same_process(tmp_path: Path) -> None:
-    import gen_tables
-
-    record = hopper_record(1.1)
-    fast = [replace(t, provider="flash_attn_3", tflops=2 * t.tflops) for t in record.cells if t.provider == "cudnn"]
-    absent = Timing(fast[0].case, "flash_attn_3", None, None, None, 0, absent="no such head dim")
-    replace(record, cells=(*record.cells, absent, *fast[1:])).save(tmp_path / "docs" / "bench" / "new.json")
-    page = gen_tables.yardstick(tmp_path)
-    assert "Over the best of cuDNN, FA3 in the same process" in page and "ahead in" in page
-    first, second = fast[0].case, fast[1].case
-    assert re.search(rf"\| {first} \| (\d+) \| 100 \| - \| 1\.\d\d \|", page)  # the best of those that ran
-    assert re.search(rf"\| {second} \| (\d+) \| 100 \| 200 \| \*\*0\.\d\d\*\* \|", page)
-
-
-def test_the_goals_are_held_against_the_newest_record(tmp_path: Path) -> None:
-    import gen_tables
-
-    hopper_record(1.1).save(tmp_path / "docs" / "bench" / "new.json")
-    goals = gen_tables.goals(tmp_path)
-    assert "| 32 | full | 385 | 158 | **0.41** | 360 | 1.58 | 1.44 |" in goals and "0 of 24 goals met" in goals
-
-
-def test_features_are_held_against_peers_then_and_now(tmp_path: Path) -> None:
-    import gen_tables
-
-    assert "Not recorded" in gen_tables.feature_speed(tmp_path)
-    cells = []
-    for cell in bench_cells.features():
-        cells += [Timing(cell.key, "ours", 1.0, 1.0, 500.0), Timing(cell.key, "cudnn", absent="none")]
-        if cell.packed:
-            cells.append(Timing(cell.key, bencher.BAND, 1.0, 1.0, 600.0))
-        if cell.window is not None:
-            cells.append(Timing(cell.key, "flash", 1.0, 1.0, 250.0))
-    meta = {"gpu": "G", "driver": "5", "torch": "2", "cudnn": 9, "commit": "x", "date": "2026-11-22"}
-    BenchRecord(meta, tuple(cells)).save(tmp_path / "docs" / "bench" / "f.json")
-    page = gen_tables.feature_speed(tmp_path)
-    assert "| gqa32_8_d128_s4096_n | 500 | - | - | 675 (cuDNN 9.19) | **0.74** |" in page
-    assert "| packed_d128_s8192_c | 500 | - | **0.83** of our band kernel | - | - |" in page
-    assert "| win1024_d128_s8192 | 500 | 250 | 2.00 | 484 (FA3) | 1.03 |" in page
-    assert "cudnn is absent from 14 cells: none" in page

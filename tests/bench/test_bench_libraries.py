@@ -234,7 +234,7 @@ def modules() -> dict[str, ModuleType]:
 
 def test_everyone_that_can_be_imported_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found, missing = bench_peers.find(["all"])
-    assert found == (*bench_peers.SDPA, *RUNS) and not missing
+    assert found == (*bench_peers.SDPA, "flex", *RUNS) and not missing
     monkeypatch.setitem(sys.modules, "flashinfer", None)  # as if it were not installed
     found, missing = bench_peers.find(["flashinfer", "xformers"])
     assert found == ("xformers",) and "cannot import flashinfer" in missing["flashinfer"]

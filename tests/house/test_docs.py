@@ -39,6 +39,17 @@ def test_readme_transformers_example_names_what_exists():
     assert transformers.register.__defaults__ == ("fmha",)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_pages_for_readers_speak_of_measurements_only(page):
+    text = (ROOT / page).read_text(encoding="utf-8").lower()
+    assert not [word for word in ("quotient", "goal", "yardstick", "issue 4") if word in text]
+
+
+def test_every_nan_of_the_accuracy_page_is_explained():
+    prose, _, table = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").partition("<!-- generated")
+    assert "| nan |" not in table or "`nan`" in prose
+
+
 def test_variables_are_those_of_config():
     section = README.partition("## Variables")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]

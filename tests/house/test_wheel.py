@@ -63,7 +63,7 @@ def test_content(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = [p.relative_to(ROOT) for p in (ROOT / "kernel_src").rglob("*") if p.is_file()]
     modules = [p.relative_to(ROOT) for p in (ROOT / "fmha_runtime").rglob("*.py")]
-    wanted = {str(path) for path in modules}
+    wanted = {str(path) for path in modules} | {"fmha_runtime/py.typed"}
     wanted |= {f"fmha_runtime/_data/{path}" for path in sources if "__pycache__" not in path.parts}
     tables = [p.relative_to(ROOT) for p in (ROOT / "cubins").rglob("*.json")]
     assert len(tables) > 20
@@ -72,6 +72,18 @@ def test_content(wheel):
     strangers = {name for name in names - wanted if ".dist-info/" not in name}
     assert not strangers
     assert any(name.endswith("/LICENSE") for name in names)
+
+
+def test_the_metadata_says_that_it_is_typed(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+    assert "Classifier: Typing :: Typed" in text and "Classifier: Operating System :: POSIX :: Linux" in text
+
+
+def test_the_changelog_has_this_version(wheel):
+    version = wheel.name.split("-")[1]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_library_runs_from_the_wheel(installed, tmp_path):

@@ -249,7 +249,8 @@ class TestWithAPretendedCompiler:
         with BuildProgress(Console(file=stream, soft_wrap=True)) as progress:
             build.build([SMALL, OTHER], on_event=progress, jobs=1)
         text = stream.getvalue()
-        assert f"building 1/2  {SMALL.name}" in text and "building 2/2" in text
+        assert text.startswith("building 2 kernels, 1 at once: about 5 s (")
+        assert f"building 1/2  {SMALL.name}  about 5 s left" in text and f"building 2/2  {OTHER.name}\n" in text
         assert f"FAIL  {OTHER.name}" in text and "\x1b" not in text
 
 
