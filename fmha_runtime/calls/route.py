@@ -295,7 +295,7 @@ def _bound(
     key: Any = (
         q.dtype, q.device, shape.head_dim, shape.head_dim_v, shape.page_size, *options.values(), device, fallback, tile,
         extras.alibi_slopes is None, extras.mask is None,
-        dispatch.regime(shape.batch, shape.heads, shape.heads_k, shape.seqlen_q, shape.seqlen_k),
+        dispatch.regime(shape.batch, shape.heads, shape.heads_k, shape.seqlen_q, shape.seqlen_k, shape.page_size),
     )  # fmt: skip
     try:
         binding = _bindings.get(key)
@@ -379,6 +379,7 @@ def problem(arch: Arch, q: Any, shape: arguments.Shape, opts: arguments.Options,
         seqlen_k=shape.seqlen_k,
         heads=shape.heads,
         heads_k=shape.heads_k,
+        page_size=shape.page_size,
         causal=opts.causal,
         window=opts.window,
     )

@@ -20,6 +20,7 @@ from ..kernels.decode.family import ROWS, SHORT_ROWS
 from ..kernels.forward import tiles
 from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from ..kernels.tile import Tile
+from .arguments import PAGE_SIZES
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Problem:
     seqlen_k: int | None = None
     heads: int = 1
     heads_k: int = 1
+    page_size: int | None = None  # tokens; None: not told
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
 
@@ -63,7 +65,7 @@ class Problem:
             words.append(f"window ({left}, {right})")
         words += [self.score.value] if self.score is not Score.PLAIN else []
         words += ["packed mask"] if self.mask is Mask.PACKED else []
-        words += ["paged KV"] if self.kv is KvLayout.PAGED else []
+        words += ["paged KV" + (f" of {self.page_size}" if self.page_size else "")] if self.kv is KvLayout.PAGED else []
         return ", ".join(words)
 
 
@@ -111,23 +113,34 @@ class Regime(NamedTuple):
     """Up to 64 queries each, 2048 or more batch * heads."""
     rows: int = 0
     """Rows of the decode kernel for it: pairs of a query and a head that shares its KV head. 0: not for decoding."""
+    any_pages: bool = False
+    """Pages of a size that forward kernels do not read."""
 
 
-DECODE_ROWS = 64
-"""Up to this many rows decode kernels come first."""
-DECODE_KEYS = 256
-"""From this many keys on they do."""
-
-
-def regime(batch: int, heads: int, heads_k: int, seqlen_q: int, seqlen_k: int | None) -> Regime:
+def regime(
+    batch: int, heads: int, heads_k: int, seqlen_q: int, seqlen_k: int | None, page_size: int | None = None
+) -> Regime:
     """The regime of a problem; ``seqlen_k`` None is any number of keys."""
     rows = seqlen_q * heads // max(1, heads_k)
-    few = seqlen_k is not None and seqlen_k >= DECODE_KEYS and rows <= DECODE_ROWS
+    any_pages = page_size is not None and page_size not in PAGE_SIZES
+    decodes = any_pages or (seqlen_k is not None and _for_decode(batch, heads, heads_k, seqlen_q, seqlen_k))
     return Regime(
         seqlen_k is not None and seqlen_k <= tiles.SHORT_KEYS,
         seqlen_q <= 64 and batch * heads >= 2048,
-        0 if not few else SHORT_ROWS if rows <= SHORT_ROWS else ROWS,
+        0 if not decodes else SHORT_ROWS if rows <= SHORT_ROWS else ROWS,
+        any_pages,
     )
+
+
+def _for_decode(batch: int, heads: int, heads_k: int, queries: int, keys: int) -> bool:
+    """Whether decode kernels are faster: measured on an H100 on 2026-11-27, d 64 and 128, against wgmma rows
+    (docs/notes/decoding_h200.md). They read K and V once a KV head, the others once a head; they split keys among CTAs,
+    which takes a few microseconds to put together again."""
+    enough = keys >= 768 or (keys >= 256 and batch * heads >= 256)
+    few = queries <= 16 or queries * heads <= ROWS * heads_k
+    alone = queries <= 32 and batch * heads_k <= 128
+    long = queries <= 128 and batch * heads <= 64 and keys >= 16384
+    return enough and (few or alone or long)
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ def _reasons(spec: KernelSpec, problem: Problem, sizes: Regime) -> list[str]:
     reasons = []
     if (spec.op, problem.op) == (Op.DECODE, Op.FWD):
         if not sizes.rows:
-            reasons.append(f"is for up to {DECODE_ROWS} queries x heads of a KV head, and {DECODE_KEYS} keys or more")
+            reasons.append("is faster only for few queries on many keys")
     elif spec.op is not problem.op:
         reasons.append(f"computes {spec.op.value}, problem is {problem.op.value}")
     if spec.arch not in problem.arch.targets:
@@ -208,6 +221,8 @@ def _reasons(spec: KernelSpec, problem: Problem, sizes: Regime) -> list[str]:
         reasons.append(f"computes {spec.score.value} scores, problem needs {problem.score.value}")
     if not catalog.serves(spec, problem.mask, spec.score):
         reasons.append(f"applies {spec.mask.value} masks, problem needs {problem.mask.value}")
+    if sizes.any_pages and spec.op is Op.FWD:
+        reasons.append(f"reads pages of {', '.join(map(str, PAGE_SIZES))} tokens only")
     if spec.kv is not problem.kv:
         reasons.append(f"reads {spec.kv.value} K and V, problem has {problem.kv.value}")
     return reasons
@@ -225,7 +240,7 @@ def trace(problem: Problem, tile: str | None = None) -> Trace:
     p = problem
     accepted, rejected = _walk(
         Problem(p.arch, p.dtype, p.head_dim, p.head_dim_v, p.op, p.mask, p.score, p.kv),
-        regime(p.batch, p.heads, p.heads_k, p.seqlen_q, p.seqlen_k),
+        regime(p.batch, p.heads, p.heads_k, p.seqlen_q, p.seqlen_k, p.page_size),
     )
     if not accepted:
         return Trace(problem, None, rejected)
@@ -305,9 +320,9 @@ def kernels(problem: Problem) -> tuple[KernelSpec, ...]:
         UnsupportedProblem: as ``choose``.
     """
     group = max(1, problem.heads // max(1, problem.heads_k))
-    few = [max(1, min(problem.seqlen_q, rows // group)) for rows in (DECODE_ROWS, SHORT_ROWS)]
+    few = [max(1, min(problem.seqlen_q, each)) for each in (128, 32, 16, ROWS // group, SHORT_ROWS // group)]
     keys = problem.seqlen_k
-    fewer = [] if keys is None else [min(keys, tiles.SHORT_KEYS), min(keys, DECODE_KEYS)]
+    fewer = [] if keys is None else [min(keys, tiles.SHORT_KEYS), min(keys, 256)]
     sizes = product((problem.batch, 1), (problem.seqlen_q, *few, 1), (keys, *fewer, 1))
     each = (choose(replace(problem, batch=b, seqlen_q=q, seqlen_k=k)).spec for b, q, k in sizes)
     return tuple(dict.fromkeys(each))

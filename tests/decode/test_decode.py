@@ -49,24 +49,23 @@ def agree(q, k, v, short=None, **options):
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_are_queries_times_heads(sq, heads, heads_k, short, causal):
     q = queries(2, sq, heads, 64)
-    agree(q, *keys(2, 300, heads_k, 64), short, causal=causal)
+    agree(q, *keys(2, 770, heads_k, 64), short, causal=causal)
 
 
-def test_the_rows_of_one_kv_head_may_need_several_ctas(monkeypatch):
-    monkeypatch.setattr("fmha_runtime.problem.dispatch.DECODE_ROWS", 1 << 20)
-    agree(queries(1, 9, 16, 64), *keys(1, 260, 1, 64), False, causal=True)
+def test_the_rows_of_one_kv_head_may_need_several_ctas():
+    agree(queries(1, 9, 16, 64), *keys(1, 800, 1, 64), False, causal=True)
 
 
-@pytest.mark.parametrize("sk", [257, 700, 2500])  # of 24 CTAs: 5, 11 and all, which meet in three groups
+@pytest.mark.parametrize("sk", [800, 1100, 3000])  # of 24 CTAs: 7, 9 and all, which meet in three groups
 def test_one_unit_is_shared_by_many(sk):
     q, (k, v) = queries(1, 2, 4, 64), keys(1, sk, 1, 64)
     agree(q, k, v, causal=True, sinks=torch.tensor([0.5, -1.0, 3.0, 9.0]))
 
 
 def test_options_are_those_of_the_forward_kernels():
-    q, (k, v) = queries(2, 5, 6, 64), keys(2, 400, 2, 64)
+    q, (k, v) = queries(2, 5, 6, 64), keys(2, 800, 2, 64)
     slopes = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
-    tree = torch.rand(5, 400, generator=torch.Generator().manual_seed(2)) < 0.5
+    tree = torch.rand(5, 800, generator=torch.Generator().manual_seed(2)) < 0.5
     for options in (
         {"window": (100, None), "causal": True},
         {"window": (3, 2)},
@@ -83,17 +82,17 @@ def test_options_are_those_of_the_forward_kernels():
 
 
 def test_rows_that_see_no_key_are_zero():
-    q, (k, v) = queries(1, 8, 2, 64), keys(1, 256, 2, 64)
+    q, (k, v) = queries(1, 8, 2, 64), keys(1, 768, 2, 64)
     out, lse = fmha.attention(
         q, k, v, causal=True, seqused_k=torch.tensor([3], dtype=torch.int32), return_lse=True, device=DEVICE
     )
     assert (out[0, :5] == 0).all() and (lse[0, :, :5] == -torch.inf).all() and out[0, 5:].ne(0).any()
 
 
-@pytest.mark.parametrize("page", [8, 64, 256])
+@pytest.mark.parametrize("page", [1, 2, 4, 24, 64, 528])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pages(page, layout):
-    k, v, table, lengths = paged((300, 1, 0, 257), page, 2, 64, layout=layout)
+    k, v, table, lengths = paged((800, 1, 0, 257), page, 2, 64, layout=layout)
     q = queries(4, 2, 4, 64)
     out, lse = fmha.attention_with_kvcache(
         q, k, v, cache_seqlens=lengths, page_table=table, causal=True, return_lse=True, device=DEVICE
@@ -102,9 +101,9 @@ def test_pages(page, layout):
 
 
 @settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(0, 700), min_size=1, max_size=9), sq=st.integers(1, 5), seed=st.integers(0, 99))
+@given(lengths=st.lists(st.integers(0, 800), min_size=1, max_size=9), sq=st.integers(1, 5), seed=st.integers(0, 99))
 def test_ragged_batches(lengths, sq, seed):
-    k, v = keys(len(lengths), 700, 2, 64, seed=seed)
+    k, v = keys(len(lengths), 800, 2, 64, seed=seed)
     used = torch.tensor(lengths, dtype=torch.int32)
     for b, n in enumerate(lengths):
         k[b, n:], v[b, n:] = float("nan"), float("nan")
@@ -117,14 +116,14 @@ def test_varlen_queries_and_more_sequences_than_threads():
     """300 sequences: each thread of a CTA counts three. Some have no queries, some no keys."""
     g = torch.Generator().manual_seed(5)
     count_q, count_k = torch.randint(0, 3, (300,), generator=g), torch.randint(0, 9, (300,), generator=g)
-    count_k[7] = 400
+    count_k[7] = 800
     cu_q, cu_k = (torch.cat([torch.zeros(1), n.cumsum(0)]).int() for n in (count_q, count_k))
     q = queries(1, int(cu_q[-1]), 4, 64)[0]
     k, v = (x[0] for x in keys(1, int(cu_k[-1]), 2, 64))
-    assert fmha.explain(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=2, max_seqlen_k=400,
+    assert fmha.explain(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=2, max_seqlen_k=800,
                         device=DEVICE).chosen.op is Op.DECODE  # fmt: skip
     out, lse = fmha.attention_varlen(
-        q, k, v, cu_q, cu_k, 2, 400, causal=True, return_lse=True, device=DEVICE
+        q, k, v, cu_q, cu_k, 2, 800, causal=True, return_lse=True, device=DEVICE
     )  # fmt: skip
     held(out, lse, *reference.attention_varlen(q, k, v, cu_q, cu_k, causal=True))
 

@@ -86,7 +86,7 @@ def test_the_twin_that_was_passed_over_says_why():
 
 def decoding(**kw):
     """More rows than decode kernels are for."""
-    more = {"kv": KvLayout.PAGED, "batch": 64, "heads": 32, "heads_k": 8, "seqlen_q": 17, "seqlen_k": 2048}
+    more = {"kv": KvLayout.PAGED, "batch": 64, "heads": 32, "heads_k": 8, "seqlen_q": 33, "seqlen_k": 2048}
     return d64(**{**more, **kw})
 
 
@@ -129,13 +129,23 @@ DECODE = "fmha_decode_sm90_bf16_d128"
         ({"seqlen_q": 4}, f"{DECODE}_short"),
         ({"seqlen_q": 5}, DECODE),
         ({"seqlen_q": 16}, DECODE),
-        ({"seqlen_q": 17}, "fmha_fwd_sm90a_bf16_d128"),
-        ({"seqlen_k": 256}, f"{DECODE}_short"),
-        ({"seqlen_k": 255}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_q": 33}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_k": 768}, f"{DECODE}_short"),
+        ({"seqlen_k": 767}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_k": 256, "batch": 8}, f"{DECODE}_short"),
+        ({"seqlen_k": 256, "batch": 7}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_k": 255, "batch": 8}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_q": 32, "batch": 16}, DECODE),
+        ({"seqlen_q": 32, "batch": 17}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_q": 128, "batch": 2, "seqlen_k": 16384}, DECODE),
+        ({"seqlen_q": 128, "batch": 3, "seqlen_k": 16384}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"kv": KvLayout.PAGED, "page_size": 528, "seqlen_q": 5000}, f"{DECODE}_paged"),
+        ({"kv": KvLayout.PAGED, "page_size": 1, "seqlen_k": 9}, f"{DECODE}_paged_short"),
+        ({"kv": KvLayout.PAGED, "page_size": 64, "seqlen_q": 5000}, "fmha_fwd_sm90a_bf16_d128_paged"),
         ({"seqlen_k": None}, "fmha_fwd_sm90a_bf16_d128"),
         ({"heads": 8}, f"{DECODE}_short"),
         ({"heads": 64, "heads_k": 1}, DECODE),
-        ({"heads": 65, "heads_k": 1}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"heads": 128, "heads_k": 1}, DECODE),
         ({"score": Score.SOFTCAP}, f"{DECODE}_short"),
         ({"score": Score.ALIBI, "mask": Mask.PACKED}, f"{DECODE}_short"),
         ({"kv": KvLayout.PAGED, "seqlen_q": 7}, f"{DECODE}_paged"),
@@ -153,7 +163,7 @@ def test_decode_kernels_say_why_and_why_not():
     assert reasons[DECODE] == "computes the same; its short twin is for up to 16 queries x heads of a KV head"
     assert "read K and V once for all query heads" in reasons["fmha_fwd_sm90a_bf16_d128"]
     reasons = {spec.name: why for spec, why in dispatch.trace(decodes(seqlen_q=500)).rejected}
-    assert reasons[DECODE] == "is for up to 64 queries x heads of a KV head, and 256 keys or more"
+    assert reasons[DECODE] == "is faster only for few queries on many keys"
     assert dispatch.choose(decodes(), "sm90a").spec.name == "fmha_fwd_sm90a_bf16_d128"
     assert dispatch.choose(decodes(), "sm90").spec.name == "fmha_fwd_sm90_bf16_d128"
 
@@ -179,7 +189,8 @@ def test_kernels_of_all_smaller_problems():
     few = ["fmha_decode_sm90_bf16_d64", "fmha_decode_sm90_bf16_d64_short"]
     assert [s.name for s in dispatch.kernels(d64())] == [LONG, SHORT]
     assert [s.name for s in dispatch.kernels(d64(seqlen_k=4096))] == [LONG, SHORT, *few]
-    assert [s.name for s in dispatch.kernels(d64(seqlen_k=512))] == [SHORT, *few]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=512))] == [SHORT]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=512, batch=256))] == [SHORT, *few]
     assert [s.name for s in dispatch.kernels(d64(seqlen_k=200))] == [SHORT]
     assert [s.name for s in dispatch.kernels(problem())] == ["fmha_fwd_sm90a_bf16_d128"]
     both = [(s.op, s.arch) for s in dispatch.kernels(decoding(seqlen_q=500))]

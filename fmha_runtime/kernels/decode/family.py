@@ -56,14 +56,17 @@ def tile(spec: KernelSpec) -> str:
     """The tile of a kernel, as text: two CTAs an SM where registers and shared memory allow them, to hide each other's
     ends; then three stages, where they fit."""
     wide = max(spec.head_dim, spec.head_dim_v)
+    large = spec.arch in _SM_KIB
     if not spec.short:
         rows, keys = ROWS, 64 if wide <= 128 else 32
     else:
-        narrow = wide >= 256 or (wide > 128 and spec.arch not in _SM_KIB)
-        rows, keys = (32, 32) if narrow else (SHORT_ROWS, 64)
-    q_in_regs = spec.short and wide <= 128 and wide != 104  # an odd number of n8 tiles takes the registers Q would
+        rows, keys = (32, 32) if wide > 128 and not large else (SHORT_ROWS, 128 if wide <= 64 else 64)
+    q_in_regs = wide <= 128 and wide != 104 and (spec.short or large)  # 104: an odd number of n8 tiles takes registers
     room = 1024 * _SM_KIB.get(spec.arch, 100)
-    for ctas, stages in product((2, 1) if wide <= 128 else (1,), (3, 2)):
+    twice = wide <= 64 or (spec.short and wide <= 128)
+    for ctas, stages in product((2, 1) if twice else (1,), (3, 2)):
+        if wide == 256 and spec.short and large and stages == 3:
+            continue  # more CTAs than stages
         found = Tile(rows, keys, 4, stages, ctas, q_in_regs)
         if ctas * (smem_bytes(spec, found) + 1024) <= room:
             return str(found)
@@ -71,14 +74,15 @@ def tile(spec: KernelSpec) -> str:
 
 
 def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
-    """Dynamic shared memory of one CTA in bytes: Q, the stages, a few words. The results of warps that share keys meet
-    where the stages were."""
+    """Dynamic shared memory of one CTA in bytes: Q, the stages, the pages of their keys, a few words. The results of
+    warps that share keys meet where the stages were."""
     depth = -(-spec.head_dim // 16) * 16
     size = spec.dtype.itemsize
     ring = size * tile.stages * tile.block_n * (depth + spec.head_dim_v)
     along_keys = tile.warps * 16 // tile.block_m
     exchange = 0 if along_keys == 1 else tile.warps * spec.head_dim_v * 64 + tile.block_m * along_keys * 8
-    return size * tile.block_m * depth + max(ring, exchange) + 64
+    pages = tile.stages * tile.block_n * 4 if spec.kv is KvLayout.PAGED else 0
+    return size * tile.block_m * depth + max(ring, exchange) + pages + 64
 
 
 def allowed_spill_bytes(spec: KernelSpec) -> int:

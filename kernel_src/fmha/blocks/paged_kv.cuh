@@ -7,18 +7,9 @@
 
 namespace fmha {
 
-// Where a token lies in a pool whose pages hold a power of two of tokens.
-struct PowerOfTwoPages {
-    int bits;
-
-    FMHA_DEVICE explicit PowerOfTwoPages(const FwdParams& p) : bits(p.page_bits) {}
-    FMHA_DEVICE int page(int token) const { return token >> bits; }
-    FMHA_DEVICE int row(int token, int) const { return token & ((1 << bits) - 1); }
-};
-
 // TileCopy for a pool [page, row of the page, head, dim]. The pages of a tile's rows are looked up first, all at once.
 // Rows at or past the end of the sequence are not looked up, because their entries may be anything.
-template <int kRows, class Tile, int kValidChunks, int kThreads, class Pages>
+template <int kRows, class Tile, int kValidChunks, int kThreads>
 struct PagedTileCopy {
     static constexpr int kRowsPerPass = rows_per_pass(kThreads, kValidChunks);
     static constexpr int kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
@@ -27,14 +18,14 @@ struct PagedTileCopy {
     const uint16_t* source;  // this thread's chunk of row 0 of page 0
     int64_t page_stride;     // elements
     int64_t row_stride;
-    Pages place;
+    int page_bits;
     int row;
     int chunk;
 
-    FMHA_DEVICE PagedTileCopy(const uint16_t* base, const Strides& stride, const Pages& place_, int thread)
+    FMHA_DEVICE PagedTileCopy(const uint16_t* base, const Strides& stride, int page_bits_, int thread)
         : page_stride(stride.batch),
           row_stride(stride.row),
-          place(place_),
+          page_bits(page_bits_),
           row(thread / kValidChunks),
           chunk(thread % kValidChunks) {
         source = base + chunk * kChunkElements;
@@ -45,7 +36,7 @@ struct PagedTileCopy {
         FMHA_UNROLL
         for (int i = 0; i < kPasses; ++i) {
             const int token = first_row + row + i * kRowsPerPass;
-            pages[i] = token < end_row ? ld_global_s32(table + place.page(token)) : 0;
+            pages[i] = token < end_row ? ld_global_s32(table + (token >> page_bits)) : 0;
         }
     }
 
@@ -58,7 +49,7 @@ struct PagedTileCopy {
             const int tile_row = row + i * kRowsPerPass;
             if (kRows % kRowsPerPass == 0 || tile_row < kRows) {
                 const int token = first_row + tile_row;
-                const int page_row = place.row(token, place.page(token));
+                const int page_row = token & ((1 << page_bits) - 1);
                 const uint16_t* from = source + pages[i] * page_stride + page_row * row_stride;
                 cp_async_16(smem + Tile::offset(tile_row, chunk), from, token < end_row);
             }
@@ -67,15 +58,15 @@ struct PagedTileCopy {
 };
 
 // K and V of one head, tile by tile.
-template <class Traits, class Pages = PowerOfTwoPages, bool kPaged = Traits::kPaged>
+template <class Traits, bool kPaged = Traits::kPaged>
 struct KvSource;
 
-template <class Traits, class Pages>
-struct KvSource<Traits, Pages, false> {
+template <class Traits>
+struct KvSource<Traits, false> {
     TileCopy<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> k;
     TileCopy<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads> v;
 
-    FMHA_DEVICE KvSource(const FwdParams& p, const Pages&, const SeqlenInfo& seq, int batch, int kv_head, int thread)
+    FMHA_DEVICE KvSource(const FwdParams& p, const SeqlenInfo& seq, int batch, int kv_head, int thread)
         : k(head(p.k, p.k_stride, seq, batch, kv_head), p.k_stride.row, thread),
           v(head(p.v, p.v_stride, seq, batch, kv_head), p.v_stride.row, thread) {}
 
@@ -92,18 +83,17 @@ struct KvSource<Traits, Pages, false> {
     }
 };
 
-template <class Traits, class Pages>
-struct KvSource<Traits, Pages, true> {
-    using KCopy =
-        PagedTileCopy<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads, Pages>;
-    using VCopy = PagedTileCopy<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads, Pages>;
+template <class Traits>
+struct KvSource<Traits, true> {
+    using KCopy = PagedTileCopy<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads>;
+    using VCopy = PagedTileCopy<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads>;
     KCopy k;
     VCopy v;
     const int32_t* table;  // the pages of this sequence
 
-    FMHA_DEVICE KvSource(const FwdParams& p, const Pages& pages, const SeqlenInfo&, int batch, int kv_head, int thread)
-        : k(static_cast<const uint16_t*>(p.k) + kv_head * p.k_stride.head, p.k_stride, pages, thread),
-          v(static_cast<const uint16_t*>(p.v) + kv_head * p.v_stride.head, p.v_stride, pages, thread),
+    FMHA_DEVICE KvSource(const FwdParams& p, const SeqlenInfo&, int batch, int kv_head, int thread)
+        : k(static_cast<const uint16_t*>(p.k) + kv_head * p.k_stride.head, p.k_stride, p.page_bits, thread),
+          v(static_cast<const uint16_t*>(p.v) + kv_head * p.v_stride.head, p.v_stride, p.page_bits, thread),
           table(p.page_table + batch * p.page_table_stride) {}
 
     FMHA_DEVICE void load(uint32_t smem, int n_block, int k_len) const {

@@ -2,7 +2,7 @@
 // The results of those who shared the keys of a unit become one: of the warps of a CTA in shared memory, of CTAs in
 // global memory. Maxima are of the scaled scores in log2 units, O is not divided by the sum yet.
 #pragma once
-#include <ptx/global.cuh>
+#include <ptx/words.cuh>
 
 #include "blocks/softmax.cuh"
 #include "decode/rows.cuh"
@@ -111,7 +111,10 @@ struct Partial {
     // The sum of `count` slots, in their order. kAhead of them are on their way at a time.
     template <class Slot>
     FMHA_DEVICE void load(int count, int warp_m, int warp_n, int lane, const Slot& slot) {
-        constexpr int kAhead = Traits::kOwnTiles <= 4 ? 4 : Traits::kOwnTiles <= 8 ? 2 : 1;
+        constexpr int kAhead = Traits::kOwnTiles <= 4    ? 8
+                               : Traits::kOwnTiles <= 8  ? 4
+                               : Traits::kOwnTiles <= 16 ? 2
+                                                         : 1;
         peak[0] = peak[1] = kMinusInfinity;
         sum[0] = sum[1] = 0.f;
         FMHA_UNROLL

@@ -5,8 +5,8 @@
 // keys, one a CTA (worklist.cuh); results of a unit that several CTAs share are added up by whoever comes last
 // (merge.cuh). K and V stream through kStages buffers, with one barrier a step.
 #pragma once
-#include "blocks/paged_kv.cuh"
 #include "blocks/products.cuh"
+#include "decode/kv.cuh"
 #include "decode/merge.cuh"
 
 namespace fmha {
@@ -71,11 +71,12 @@ FMHA_DEVICE void compute_piece(float (&o)[1][Traits::kVTiles][4], Softmax<1>& so
     if (n_block >= end) {
         return;  // no row sees a key
     }
-    const KvSource<Traits, AnyPages> kv(p, AnyPages(params), units.seq, piece.batch, piece.kv_head, thread);
+    const uint32_t pages = q_tile + Traits::kSmemBytes - Traits::kScratchBytes - Traits::kPagesBytes;
+    DecodeKv<Traits> kv(params, units, piece, pages, end, thread);
     const ScoreMod<Score::kSoftcap> softcap(p, piece.batch, 0, 0);
     const auto load_kv = [&](int block, int stage) {
         if (block < end) {
-            kv.load(ring + stage * Traits::kStageBytes, block, units.seq.k_len);
+            kv.load(ring + stage * Traits::kStageBytes, block);
         }
         cp_async_commit();
     };
@@ -87,6 +88,7 @@ FMHA_DEVICE void compute_piece(float (&o)[1][Traits::kVTiles][4], Softmax<1>& so
         zero_surplus<typename Traits::QkTile, Traits::kQkChunks, Traits::kQkValidChunks, Traits::kThreads>(
             ring + stage * Traits::kStageBytes, Traits::kBlockN, thread);
     }
+    kv.begin(n_block);
     FMHA_UNROLL
     for (int stage = 0; stage < Traits::kStages - 1; ++stage) {
         load_kv(n_block + stage, stage);
@@ -103,7 +105,9 @@ FMHA_DEVICE void compute_piece(float (&o)[1][Traits::kVTiles][4], Softmax<1>& so
     FMHA_UNROLL_1
     for (; n_block < end; ++n_block) {
         cp_async_wait<Traits::kStages - 2>();
+        kv.keep(n_block + Traits::kStages - 1);
         sync_cta();
+        kv.fetch(n_block + Traits::kStages);
         load_kv(n_block + Traits::kStages - 1, stage == 0 ? Traits::kStages - 1 : stage - 1);
         const uint32_t offset = stage * Traits::kStageBytes;
         float s[1][Traits::kNTiles][4];

@@ -46,9 +46,13 @@ struct DecodeTraits {
     // Where warps share keys, their results meet in the ring: O as fragments, then maxima and sums.
     static constexpr int kStatsBytes = kRows * kWarpsN * 8;
     static constexpr int kExchangeBytes = kWarpsN == 1 ? 0 : kWarps * kVTiles * 512 + kStatsBytes;
+    // The pages of the tiles that are copied next. Only pages of one token make a tile need as many as it has keys.
+    static constexpr int kPageSlots = kStages;
+    static constexpr int kPageSlotWords = kBlockN;
+    static constexpr int kPagesBytes = kPaged ? kPageSlots * kPageSlotWords * 4 : 0;
     static constexpr int kScratchBytes = 64;
     static constexpr int kSmemBytes =
-        kQBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes) + kScratchBytes;
+        kQBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes) + kPagesBytes + kScratchBytes;
 
     // A result that is not complete: O as fragments, then (maximum, sum) of each row.
     static constexpr int kSlotFloats = kRows * kHeadDimV + 2 * kRows;
@@ -57,22 +61,8 @@ struct DecodeTraits {
     static_assert(kWarps == 4, "sums over the CTA are of four warps");
     static_assert(kWarpsM * kWarpsN == kWarps, "one m16 tile a warp");
     static_assert(kBlockN % (16 * kWarpsN) == 0, "P is fed to the second product in k16 steps");
+    static_assert(kPageSlotWords <= kThreads, "a thread looks up one page of a tile");
     static_assert(kStages >= 2, "one stage is read while the next one lands");
-};
-
-// Where a token lies in a pool whose pages hold any number of tokens.
-struct AnyPages {
-    int size;
-    int multiplier;
-    int shift;
-
-    FMHA_DEVICE explicit AnyPages(const DecodeParams& p)
-        : size(p.page_size), multiplier(p.page_multiplier), shift(p.page_shift) {}
-    FMHA_DEVICE int page(int token) const {
-        const int64_t product = static_cast<int64_t>(2 * token + 1) * multiplier;
-        return static_cast<int>(product >> 32) >> shift;
-    }
-    FMHA_DEVICE int row(int token, int page) const { return token - page * size; }
 };
 
 }  // namespace fmha

@@ -53,13 +53,14 @@ struct SequenceUnits {
     }
 };
 
-// Sums of all threads before this one, and of all.
+// Sums of all threads before this one, and of all; whether any of them says yes.
 struct CtaScan {
     int before;
     int total;
+    bool any;
 
-    // `scratch`: 16 bytes of shared memory that nobody else uses meanwhile.
-    FMHA_DEVICE CtaScan(int own, uint32_t scratch, int thread) {
+    // `scratch`: 32 bytes of shared memory that nobody else uses meanwhile.
+    FMHA_DEVICE CtaScan(int own, bool says, uint32_t scratch, int thread) {
         const int lane = thread % 32;
         int sum = own;
         FMHA_UNROLL
@@ -67,10 +68,14 @@ struct CtaScan {
             const int other = static_cast<int>(shfl_idx(static_cast<uint32_t>(sum), (lane - reach) & 31));
             sum += lane >= reach ? other : 0;
         }
+        says = warp_any(says);
         if (lane == 31) {
             st_shared_u32(scratch + thread / 32 * 4, static_cast<uint32_t>(sum));
+            st_shared_u32(scratch + 16 + thread / 32 * 4, says ? 1 : 0);
         }
         sync_cta();
+        const Vec4 yes = ld_shared_v4(scratch + 16);
+        any = (yes.x[0] | yes.x[1] | yes.x[2] | yes.x[3]) != 0;
         const Vec4 warps = ld_shared_v4(scratch);
         before = sum - own;
         total = 0;
@@ -112,13 +117,21 @@ struct Worklist {
         const int each = (p.batch + Traits::kThreads - 1) / Traits::kThreads;
         const int first = thread * each;
         const int end = first + each < p.batch ? first + each : p.batch;
+        const int like = SequenceUnits<Traits>(p, 0).head_steps();
         int own = 0;
+        bool differs = like != SequenceUnits<Traits>(p, 0).steps(0);
         for (int b = first; b < end; ++b) {
-            own += SequenceUnits<Traits>(p, b).head_steps() * heads_k;
+            const int steps = SequenceUnits<Traits>(p, b).head_steps();
+            differs |= steps != like;
+            own += steps * heads_k;
         }
-        const CtaScan scan(own, scratch, thread);
+        const CtaScan scan(own, differs, scratch, thread);
         share = (scan.total + params.ctas - 1) / params.ctas;
         share = share > params.least_tiles ? share : params.least_tiles;
+        if (!scan.any && share > like) {  // whole units, where all are alike and that leaves few CTAs without work
+            const int whole = (share + like - 1) / like * like;
+            share = whole * 15 <= share * 16 ? whole : share;
+        }
         const int cta = static_cast<int>(block_idx());
         const int begin = cta * share;  // fits: share * ctas is less than the steps of all and those of a unit
         left = scan.total - begin < share ? scan.total - begin : share;
@@ -130,12 +143,12 @@ struct Worklist {
         for (int b = first; b < end && from <= begin; ++b) {
             const int steps = SequenceUnits<Traits>(p, b).head_steps() * heads_k;
             if (begin < from + steps) {
-                st_shared_v4(scratch + 16, Vec4{{static_cast<uint32_t>(b), static_cast<uint32_t>(from), 0, 0}});
+                st_shared_v4(scratch + 32, Vec4{{static_cast<uint32_t>(b), static_cast<uint32_t>(from), 0, 0}});
             }
             from += steps;
         }
         sync_cta();
-        const Vec4 found = ld_shared_v4(scratch + 16);
+        const Vec4 found = ld_shared_v4(scratch + 32);
         batch = static_cast<int>(found.x[0]);
         unit_begin = static_cast<int>(found.x[1]);
         const SequenceUnits<Traits> units(p, batch);

@@ -80,7 +80,7 @@ FMHA_DEVICE void fwd_sm80(const FwdParams& p) {
     if (n_block >= range.begin) {
         const TileCopy<Traits::kBlockM, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> q_copy(
             q, p.q_stride.row, thread);
-        const KvSource<Traits> kv(p, PowerOfTwoPages(p), seq, tile.batch, kv_head, thread);
+        const KvSource<Traits> kv(p, seq, tile.batch, kv_head, thread);
 
         // One group per tile, committed even when there is no tile left: the wait counts groups.
         const auto load_kv = [&](int block, int stage) {

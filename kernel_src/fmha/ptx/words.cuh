@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory by which the CTAs of one launch find each other, and floats as bits.
-// kernel_src/emulator/ptx/global.cuh is its twin.
+// Single words: counters by which the CTAs of one launch find each other, floats as bits.
+// kernel_src/emulator/ptx/words.cuh is its twin.
 #pragma once
 #include <ptx/common.cuh>
 
@@ -21,6 +21,12 @@ FMHA_DEVICE uint32_t atomic_inc_acq_rel(uint32_t* word, uint32_t last) {
 FMHA_DEVICE float ld_global_written_f32(const float* src) {
     float x;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(__cvta_generic_to_global(src)));
+    return x;
+}
+
+FMHA_DEVICE uint32_t ld_shared_u32(uint32_t addr) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(addr));
     return x;
 }
 
