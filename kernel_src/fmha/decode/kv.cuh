@@ -119,7 +119,7 @@ struct DecodeKv<Traits, true> {
 
     // Looks up the tiles that are copied first, and asks for the next.
     FMHA_DEVICE void begin(int n_block) {
-        FMHA_UNROLL
+        FMHA_UNROLL_1
         for (int i = 0; i < Traits::kStages - 1; ++i) {
             fetch(n_block + i);
             keep(n_block + i);

@@ -111,10 +111,7 @@ struct Partial {
     // The sum of `count` slots, in their order. kAhead of them are on their way at a time.
     template <class Slot>
     FMHA_DEVICE void load(int count, int warp_m, int warp_n, int lane, const Slot& slot) {
-        constexpr int kAhead = Traits::kOwnTiles <= 4    ? 8
-                               : Traits::kOwnTiles <= 8  ? 4
-                               : Traits::kOwnTiles <= 16 ? 2
-                                                         : 1;
+        constexpr int kAhead = Traits::kOwnTiles <= 4 ? 4 : Traits::kOwnTiles <= 8 ? 2 : 1;
         peak[0] = peak[1] = kMinusInfinity;
         sum[0] = sum[1] = 0.f;
         FMHA_UNROLL
@@ -263,25 +260,30 @@ struct Rendezvous {
             return params.partials + static_cast<int64_t>(slot_of(piece, index)) * Traits::kSlotFloats;
         };
         const int index = static_cast<int>(block_idx()) - piece.first_cta;
-        partial.store(slot(index), warp_m, warp_n, lane);
         const int group = piece.ctas <= 64 ? 8 : 16;
-        const int first = index / group * group;
-        const int count = piece.ctas - first < group ? piece.ctas - first : group;
-        if (!is_last(params.counters + slot_of(piece, first), count)) {
-            return false;
+        // First the results of a group, a slot apart; then those of the groups, which are in the first slot of each.
+        int own = index;
+        int first = index / group * group;
+        int count = piece.ctas - first < group ? piece.ctas - first : group;
+        int apart = 1;
+        uint32_t* counter = params.counters + slot_of(piece, first);
+        FMHA_UNROLL_1
+        for (;;) {
+            partial.store(slot(own), warp_m, warp_n, lane);
+            if (!is_last(counter, count)) {
+                return false;
+            }
+            partial.load(count, warp_m, warp_n, lane, [&](int i) { return slot(first + i * apart); });
+            if (apart == group || piece.ctas <= group) {
+                return true;
+            }
+            own = first;
+            first = 0;
+            count = (piece.ctas + group - 1) / group;
+            apart = group;
+            counter = params.counters + 2 * params.ctas + slot_of(piece, 0);
+            sync_cta();  // the first slot of the group is overwritten only when all warps have read it
         }
-        partial.load(count, warp_m, warp_n, lane, [&](int i) { return slot(first + i); });
-        if (piece.ctas <= group) {
-            return true;
-        }
-        sync_cta();  // the first slot of the group is overwritten only when all warps have read it
-        partial.store(slot(first), warp_m, warp_n, lane);
-        const int groups = (piece.ctas + group - 1) / group;
-        if (!is_last(params.counters + 2 * params.ctas + slot_of(piece, 0), groups)) {
-            return false;
-        }
-        partial.load(groups, warp_m, warp_n, lane, [&](int i) { return slot(i * group); });
-        return true;
     }
 };
 

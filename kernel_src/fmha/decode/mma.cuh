@@ -17,7 +17,8 @@ FMHA_DEVICE void load_rows(uint32_t q_tile, const FwdParams& p, const SequenceUn
                            int thread) {
     const uint16_t* q = static_cast<const uint16_t*>(p.q) + piece.batch * p.q_stride.batch +
                         units.seq.q_row * p.q_stride.row + piece.kv_head * units.group * p.q_stride.head;
-    for (int i = thread; i < Traits::kRows * Traits::kQkValidChunks; i += Traits::kThreads) {
+    FMHA_UNROLL_1  // code that runs once is fetched from far away: short is fast
+        for (int i = thread; i < Traits::kRows * Traits::kQkValidChunks; i += Traits::kThreads) {
         const int row = i / Traits::kQkValidChunks;
         const int chunk = i % Traits::kQkValidChunks;
         const int index = piece.block * Traits::kRows + row;
@@ -89,7 +90,7 @@ FMHA_DEVICE void compute_piece(float (&o)[1][Traits::kVTiles][4], Softmax<1>& so
             ring + stage * Traits::kStageBytes, Traits::kBlockN, thread);
     }
     kv.begin(n_block);
-    FMHA_UNROLL
+    FMHA_UNROLL_1
     for (int stage = 0; stage < Traits::kStages - 1; ++stage) {
         load_kv(n_block + stage, stage);
     }

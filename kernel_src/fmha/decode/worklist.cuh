@@ -53,36 +53,38 @@ struct SequenceUnits {
     }
 };
 
-// Sums of all threads before this one, and of all; whether any of them says yes.
+// Sums of all threads before this one, and of all; the largest number of any.
 struct CtaScan {
     int before;
     int total;
-    bool any;
+    int most;
 
     // `scratch`: 32 bytes of shared memory that nobody else uses meanwhile.
-    FMHA_DEVICE CtaScan(int own, bool says, uint32_t scratch, int thread) {
+    FMHA_DEVICE CtaScan(int own, int largest, uint32_t scratch, int thread) {
         const int lane = thread % 32;
         int sum = own;
         FMHA_UNROLL
         for (int reach = 1; reach < 32; reach *= 2) {
             const int other = static_cast<int>(shfl_idx(static_cast<uint32_t>(sum), (lane - reach) & 31));
             sum += lane >= reach ? other : 0;
+            const int more = static_cast<int>(shfl_xor(static_cast<uint32_t>(largest), reach));
+            largest = more > largest ? more : largest;
         }
-        says = warp_any(says);
         if (lane == 31) {
             st_shared_u32(scratch + thread / 32 * 4, static_cast<uint32_t>(sum));
-            st_shared_u32(scratch + 16 + thread / 32 * 4, says ? 1 : 0);
+            st_shared_u32(scratch + 16 + thread / 32 * 4, static_cast<uint32_t>(largest));
         }
         sync_cta();
-        const Vec4 yes = ld_shared_v4(scratch + 16);
-        any = (yes.x[0] | yes.x[1] | yes.x[2] | yes.x[3]) != 0;
-        const Vec4 warps = ld_shared_v4(scratch);
+        const Vec4 sums = ld_shared_v4(scratch);
+        const Vec4 all = ld_shared_v4(scratch + 16);
         before = sum - own;
         total = 0;
+        most = 0;
         FMHA_UNROLL
         for (int warp = 0; warp < 4; ++warp) {
-            before += warp < thread / 32 ? static_cast<int>(warps.x[warp]) : 0;
-            total += static_cast<int>(warps.x[warp]);
+            before += warp < thread / 32 ? static_cast<int>(sums.x[warp]) : 0;
+            total += static_cast<int>(sums.x[warp]);
+            most = static_cast<int>(all.x[warp]) > most ? static_cast<int>(all.x[warp]) : most;
         }
     }
 };
@@ -117,19 +119,21 @@ struct Worklist {
         const int each = (p.batch + Traits::kThreads - 1) / Traits::kThreads;
         const int first = thread * each;
         const int end = first + each < p.batch ? first + each : p.batch;
-        const int like = SequenceUnits<Traits>(p, 0).head_steps();
         int own = 0;
-        bool differs = like != SequenceUnits<Traits>(p, 0).steps(0);
+        int largest = 0;
+        int steps = 0;
+        FMHA_UNROLL_1
         for (int b = first; b < end; ++b) {
-            const int steps = SequenceUnits<Traits>(p, b).head_steps();
-            differs |= steps != like;
+            steps = SequenceUnits<Traits>(p, b).head_steps();
+            largest = steps > largest ? steps : largest;
             own += steps * heads_k;
         }
-        const CtaScan scan(own, differs, scratch, thread);
+        const CtaScan scan(own, largest, scratch, thread);
         share = (scan.total + params.ctas - 1) / params.ctas;
         share = share > params.least_tiles ? share : params.least_tiles;
-        if (!scan.any && share > like) {  // whole units, where all are alike and that leaves few CTAs without work
-            const int whole = (share + like - 1) / like * like;
+        if (share > scan.most && scan.most * heads_k * p.batch == scan.total) {
+            // All are alike: whole heads, where that leaves few CTAs without work.
+            const int whole = (share + scan.most - 1) / scan.most * scan.most;
             share = whole * 15 <= share * 16 ? whole : share;
         }
         const int cta = static_cast<int>(block_idx());
@@ -139,25 +143,39 @@ struct Worklist {
             return;
         }
         // The thread that has the sequence at `begin` tells the others.
-        int from = scan.before;
-        for (int b = first; b < end && from <= begin; ++b) {
-            const int steps = SequenceUnits<Traits>(p, b).head_steps() * heads_k;
-            if (begin < from + steps) {
-                st_shared_v4(scratch + 32, Vec4{{static_cast<uint32_t>(b), static_cast<uint32_t>(from), 0, 0}});
+        if (begin >= scan.before && begin < scan.before + own) {
+            int from = scan.before;
+            int b = first;
+            if (each > 1) {
+                FMHA_UNROLL_1
+                for (;; ++b) {
+                    steps = SequenceUnits<Traits>(p, b).head_steps();
+                    if (begin < from + steps * heads_k) {
+                        break;
+                    }
+                    from += steps * heads_k;
+                }
             }
-            from += steps;
+            st_shared_v4(scratch + 32, Vec4{{static_cast<uint32_t>(b), static_cast<uint32_t>(from),
+                                             static_cast<uint32_t>(steps), 0}});
         }
         sync_cta();
         const Vec4 found = ld_shared_v4(scratch + 32);
         batch = static_cast<int>(found.x[0]);
         unit_begin = static_cast<int>(found.x[1]);
-        const SequenceUnits<Traits> units(p, batch);
-        const int head_steps = units.head_steps();
+        const int head_steps = static_cast<int>(found.x[2]);
         kv_head = (begin - unit_begin) / head_steps;
         unit_begin += kv_head * head_steps;
-        while (begin - unit_begin >= units.steps(block)) {
-            unit_begin += units.steps(block);
-            ++block;
+        const SequenceUnits<Traits> units(p, batch);
+        if (units.blocks > 1) {
+            FMHA_UNROLL_1
+            for (;; ++block) {
+                const int unit_steps = units.steps(block);
+                if (begin - unit_begin < unit_steps) {
+                    break;
+                }
+                unit_begin += unit_steps;
+            }
         }
         step = begin - unit_begin;
     }
