@@ -59,7 +59,6 @@ uint32_t shfl_idx(uint32_t x, int lane);
 int warp_any(int x);
 
 void ld_shared_v4(uint32_t (&r)[4], uint32_t addr);
-uint32_t ld_shared_u32(uint32_t addr);
 void st_shared_v4(uint32_t addr, const uint32_t (&x)[4]);
 void st_shared_u32(uint32_t addr, uint32_t x);
 void ld_global_v4(uint32_t (&r)[4], const void* src);

@@ -272,16 +272,6 @@ void ld_shared_v4(uint32_t (&r)[4], uint32_t addr) {
     memcpy(r, thread->cta->smem.get() + offset, 16);
 }
 
-// All 16 bytes around the word count as read.
-uint32_t ld_shared_u32(uint32_t addr) {
-    Thread* thread = self();
-    const uint32_t offset = checked_offset(thread, Op::kLdSharedU32, addr, 4, 4);
-    note_read(thread, Op::kLdSharedU32, offset);
-    uint32_t x;
-    memcpy(&x, thread->cta->smem.get() + offset, 4);
-    return x;
-}
-
 void st_shared_v4(uint32_t addr, const uint32_t (&x)[4]) {
     Thread* thread = self();
     const uint32_t offset = checked_offset(thread, Op::kStSharedV4, addr, 16, 16);

@@ -33,7 +33,6 @@ enum class Op : uint8_t {
     kMmaFp16,
     kMmaBf16,
     kLdSharedV4,
-    kLdSharedU32,
     kStSharedV4,
     kStSharedU32,
     kLdGlobalV4,

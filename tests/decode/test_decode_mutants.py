@@ -48,7 +48,7 @@ MUTANTS = {
         "worklist.cuh", r"left -= piece\.steps;", "left -= piece.steps; piece.steps += left <= 0;"
     ),
     "one result is left out": mutant("merge.cuh", r"partial\.load\(count, ", "partial.load(count - 1, "),
-    "one group is left out": mutant("merge.cuh", r"partial\.load\(groups, ", "partial.load(groups - 1, "),
+    "one group is left out": mutant("merge.cuh", r"group - 1\) / group;", "group - 1) / group - 1;"),
     "results are added up by whoever comes first": mutant(
         "merge.cuh", r"\.x\[0\]\) == count - 1;", ".x[0]) == 0;"
     ),
@@ -68,7 +68,7 @@ MUTANTS = {
     "pages of the next tile": mutant(
         "mma.cuh", r"kv\.keep\(n_block \+ Traits::kStages - 1\);", "", "nobody|reads|touches|race", spec=PAGED
     ),
-    "rows of a page off by one": mutant("kv.cuh", r"\(token - page \* place\.size\)", "(token + 1 - page * place.size)",
+    "rows of a page off by one": mutant("kv.cuh", r"token - pages\.page\(token\) \* pages\.size;", "token + 1 - pages.page(token) * pages.size;",
                                        "reads", spec=PAGED),
     "64 rows, a wait too few": mutant("mma.cuh", LOOP + r"cp_async_wait<[^;]*;", r"\1", "in flight", spec=WIDE),
 }  # fmt: skip

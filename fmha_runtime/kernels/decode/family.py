@@ -18,7 +18,6 @@ from . import params
 
 _ARCHS = (Arch.SM80, Arch.SM86, Arch.SM89, Arch.SM90, Arch.SM120)
 _SM_KIB = {Arch.SM80: 164, Arch.SM90: 228}  # shared memory of an SM; elsewhere 100
-_SPILLS = 1024
 
 SHORT_ROWS = 16
 ROWS = 64
@@ -61,7 +60,7 @@ def tile(spec: KernelSpec) -> str:
         rows, keys = ROWS, 64 if wide <= 128 else 32
     else:
         rows, keys = (32, 32) if wide > 128 and not large else (SHORT_ROWS, 128 if wide <= 64 else 64)
-    q_in_regs = wide <= 128 and wide != 104 and (spec.short or large)  # 104: an odd number of n8 tiles takes registers
+    q_in_regs = wide <= 128 and wide != 104 and large  # 104: its odd number of n8 tiles takes the registers
     room = 1024 * _SM_KIB.get(spec.arch, 100)
     twice = wide <= 64 or (spec.short and wide <= 128)
     for ctas, stages in product((2, 1) if twice else (1,), (3, 2)):
@@ -74,22 +73,22 @@ def tile(spec: KernelSpec) -> str:
 
 
 def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
-    """Dynamic shared memory of one CTA in bytes: Q, the stages, the pages of their keys, a few words. The results of
+    """Dynamic shared memory of one CTA in bytes: Q, the stages, the places of keys in their pools, a few words. The results of
     warps that share keys meet where the stages were."""
     depth = -(-spec.head_dim // 16) * 16
     size = spec.dtype.itemsize
     ring = size * tile.stages * tile.block_n * (depth + spec.head_dim_v)
     along_keys = tile.warps * 16 // tile.block_m
     exchange = 0 if along_keys == 1 else tile.warps * spec.head_dim_v * 64 + tile.block_m * along_keys * 8
-    pages = tile.stages * tile.block_n * 4 if spec.kv is KvLayout.PAGED else 0
-    return size * tile.block_m * depth + max(ring, exchange) + pages + 64
+    places = tile.stages * tile.block_n * 16 if spec.kv is KvLayout.PAGED else 0
+    return size * tile.block_m * depth + max(ring, exchange) + places + 64
 
 
 def allowed_spill_bytes(spec: KernelSpec) -> int:
-    """Bytes of register spills (stores plus loads) that the build accepts: none up to head dim 128, but for 104. There
-    and above, what spills is the set-up of a unit, around a loop that waits for memory."""
+    """Bytes of register spills (stores plus loads) that the build accepts: none up to head dim 96. What spills above is
+    the set-up of a unit and the sum of results, around a loop that waits for memory."""
     wide = max(spec.head_dim, spec.head_dim_v)
-    return _SPILLS if wide > 128 or wide == 104 else 0
+    return 0 if wide <= 96 else 128 if wide <= 128 else 1280
 
 
 def unit(spec: KernelSpec, tile: Tile) -> Unit:

@@ -22,43 +22,29 @@ struct AnyPages {
     }
 };
 
-// One tile of K or of V: as TileCopy, but every row's page comes from `pages` in shared memory, which begin with that
-// of the tile's first row.
+// One tile of K or of V: as TileCopy, but where a row lies in the pool is read from shared memory, 16 bytes a row:
+// first the offset of K's row in bytes, then that of V's.
 template <int kRows, class Tile, int kValidChunks, int kThreads>
-struct PageRows {
+struct PooledRows {
     static constexpr int kRowsPerPass = rows_per_pass(kThreads, kValidChunks);
 
-    const uint16_t* source;  // this thread's chunk of row 0 of page 0
-    Strides stride;
+    const unsigned char* source;  // this thread's chunk of the pool's first row
     int row;
     int chunk;
 
-    FMHA_DEVICE PageRows(const void* base, const Strides& stride_, int kv_head, int thread)
-        : stride(stride_), row(thread / kValidChunks), chunk(thread % kValidChunks) {
-        source = static_cast<const uint16_t*>(base) + kv_head * stride.head + chunk * kChunkElements;
+    FMHA_DEVICE PooledRows(const void* base, const Strides& stride, int kv_head, int thread)
+        : row(thread / kValidChunks), chunk(thread % kValidChunks) {
+        source = static_cast<const unsigned char*>(base) + kv_head * stride.head * 2 + chunk * kChunkBytes;
     }
 
-    FMHA_DEVICE void load(uint32_t smem, uint32_t pages, const AnyPages& place, int first_row, int end_row) const {
-        if (row >= kRowsPerPass) {
-            return;
-        }
-        const int first_page = place.page(first_row);
-        FMHA_UNROLL
-        for (int done = 0; done < kRows; done += kRowsPerPass) {
-            if (kRows % kRowsPerPass == 0 || row + done < kRows) {
-                const int token = first_row + row + done;
-                const int page = place.page(token);
-                const bool inside = token < end_row;
-                const int entry = inside ? static_cast<int>(ld_shared_u32(pages + (page - first_page) * 4)) : 0;
-                const uint16_t* from = source + entry * stride.batch + (token - page * place.size) * stride.row;
-                cp_async_16(smem + Tile::offset(row + done, chunk), from, inside);
-            }
-        }
+    FMHA_DEVICE void copy(uint32_t smem, int done, uint32_t low, uint32_t high, bool inside) const {
+        const int64_t offset = static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+        cp_async_16(smem + Tile::offset(row + done, chunk), source + offset, inside);
     }
 };
 
-// The tiles of a piece. Those in pages are looked up a tile before they are copied: `fetch` asks for the entries of a
-// tile, `keep` puts them into shared memory before the barrier behind which `load` copies the tile.
+// The tiles of a piece. Those in pages are looked up a tile before they are copied, a key a thread: `fetch` asks for
+// the page, `keep` puts the places of a tile into shared memory before the barrier behind which `load` copies the tile.
 template <class Traits, bool kPaged = Traits::kPaged>
 struct DecodeKv;
 
@@ -79,9 +65,9 @@ struct DecodeKv<Traits, false> {
 
 template <class Traits>
 struct DecodeKv<Traits, true> {
-    PageRows<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> k;
-    PageRows<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads> v;
-    AnyPages place;
+    PooledRows<Traits::kBlockN, typename Traits::QkTile, Traits::kQkValidChunks, Traits::kThreads> k;
+    PooledRows<Traits::kBlockN, typename Traits::VTile, Traits::kVChunks, Traits::kThreads> v;
+    const DecodeParams& params;
     const int32_t* table;  // the pages of this sequence
     uint32_t slots;
     int k_len;
@@ -89,31 +75,38 @@ struct DecodeKv<Traits, true> {
     int thread;
     int32_t entry = 0;
 
-    FMHA_DEVICE DecodeKv(const DecodeParams& params, const SequenceUnits<Traits>& units, const Piece& piece,
+    FMHA_DEVICE DecodeKv(const DecodeParams& params_, const SequenceUnits<Traits>& units, const Piece& piece,
                          uint32_t slots_, int end_, int thread_)
-        : k(params.fwd.k, params.fwd.k_stride, piece.kv_head, thread_),
-          v(params.fwd.v, params.fwd.v_stride, piece.kv_head, thread_),
-          place(params),
-          table(params.fwd.page_table + piece.batch * params.fwd.page_table_stride),
+        : k(params_.fwd.k, params_.fwd.k_stride, piece.kv_head, thread_),
+          v(params_.fwd.v, params_.fwd.v_stride, piece.kv_head, thread_),
+          params(params_),
+          table(params_.fwd.page_table + piece.batch * params_.fwd.page_table_stride),
           slots(slots_),
           k_len(units.seq.k_len),
           end(end_),
           thread(thread_) {}
 
-    FMHA_DEVICE uint32_t slot(int n_block) const {
-        return slots + n_block % Traits::kPageSlots * (Traits::kPageSlotWords * 4);
-    }
+    FMHA_DEVICE uint32_t slot(int n_block) const { return slots + n_block % Traits::kPlaceSlots * Traits::kPlaceBytes; }
 
-    // Asks for this thread's entry of a tile. Entries past the sequence may be anything and are not read.
+    // Asks for the page of this thread's key of a tile. Entries past the sequence may be anything and are not read.
     FMHA_DEVICE void fetch(int n_block) {
-        const int last = (n_block + 1) * Traits::kBlockN < k_len ? (n_block + 1) * Traits::kBlockN - 1 : k_len - 1;
-        const int page = place.page(n_block * Traits::kBlockN) + thread;
-        entry = n_block < end && page <= place.page(last) ? ld_global_s32(table + page) : 0;
+        const int token = n_block * Traits::kBlockN + thread;
+        const bool wanted = n_block < end && thread < Traits::kBlockN && token < k_len;
+        entry = wanted ? ld_global_s32(table + AnyPages(params).page(token)) : 0;
     }
 
     FMHA_DEVICE void keep(int n_block) const {
-        if (thread < Traits::kPageSlotWords) {
-            st_shared_u32(slot(n_block) + thread * 4, static_cast<uint32_t>(entry));
+        if (thread < Traits::kBlockN) {
+            const AnyPages pages(params);
+            const int token = n_block * Traits::kBlockN + thread;
+            const int row = token - pages.page(token) * pages.size;
+            const Strides& of_k = params.fwd.k_stride;
+            const Strides& of_v = params.fwd.v_stride;
+            const uint64_t in_k = static_cast<uint64_t>(entry * of_k.batch + row * of_k.row) * 2;
+            const uint64_t in_v = static_cast<uint64_t>(entry * of_v.batch + row * of_v.row) * 2;
+            st_shared_v4(slot(n_block) + thread * 16,
+                         Vec4{{static_cast<uint32_t>(in_k), static_cast<uint32_t>(in_k >> 32),
+                               static_cast<uint32_t>(in_v), static_cast<uint32_t>(in_v >> 32)}});
         }
     }
 
@@ -129,9 +122,31 @@ struct DecodeKv<Traits, true> {
     }
 
     FMHA_DEVICE void load(uint32_t smem, int n_block) const {
-        const int first_row = n_block * Traits::kBlockN;
-        k.load(smem, slot(n_block), place, first_row, k_len);
-        v.load(smem + Traits::kKBytes, slot(n_block), place, first_row, k_len);
+        constexpr bool kAlike = Traits::kQkValidChunks == Traits::kVChunks;  // a thread has the same rows of K and V
+        const uint32_t places = slot(n_block);
+        const int rows_left = k_len - n_block * Traits::kBlockN;
+        if (k.row < k.kRowsPerPass) {
+            FMHA_UNROLL
+            for (int done = 0; done < Traits::kBlockN; done += k.kRowsPerPass) {
+                if (Traits::kBlockN % k.kRowsPerPass == 0 || k.row + done < Traits::kBlockN) {
+                    const Vec4 at = ld_shared_v4(places + (k.row + done) * 16);
+                    const bool inside = k.row + done < rows_left;
+                    k.copy(smem, done, at.x[0], at.x[1], inside);
+                    if constexpr (kAlike) {
+                        v.copy(smem + Traits::kKBytes, done, at.x[2], at.x[3], inside);
+                    }
+                }
+            }
+        }
+        if (!kAlike && v.row < v.kRowsPerPass) {
+            FMHA_UNROLL
+            for (int done = 0; done < Traits::kBlockN; done += v.kRowsPerPass) {
+                if (Traits::kBlockN % v.kRowsPerPass == 0 || v.row + done < Traits::kBlockN) {
+                    const Vec4 at = ld_shared_v4(places + (v.row + done) * 16);
+                    v.copy(smem + Traits::kKBytes, done, at.x[2], at.x[3], v.row + done < rows_left);
+                }
+            }
+        }
     }
 };
 

@@ -125,7 +125,7 @@ struct Partial {
             Vec4 tiles[kAhead][Traits::kOwnTiles];
             FMHA_UNROLL
             for (int a = 0; a < kAhead; ++a) {
-                // Slots past the last count as empty: those in front of them are read instead and weigh nothing.
+                // Slots past the last count as empty: one in front of them is read instead and weighs nothing.
                 float* from = slot(first + a < count ? first + a : first);
                 FMHA_UNROLL
                 for (int half = 0; half < 2; ++half) {
@@ -135,7 +135,7 @@ struct Partial {
                 }
                 FMHA_UNROLL
                 for (int i = 0; i < Traits::kOwnTiles; ++i) {
-                    if (has(i, warp_n)) {
+                    if (kAhead > 1 && has(i, warp_n)) {
                         tiles[a][i] = ld_global_v4(fragment(from, i, warp_m, warp_n, lane));
                     }
                 }
@@ -143,15 +143,24 @@ struct Partial {
             FMHA_UNROLL
             for (int a = 0; a < kAhead; ++a) {
                 if (first + a < count) {
-                    add_slot(peaks[a], sums[a], tiles[a], warp_n);
+                    float share[2];
+                    include(peaks[a], sums[a], share);
+                    FMHA_UNROLL
+                    for (int i = 0; i < Traits::kOwnTiles; ++i) {
+                        if (has(i, warp_n)) {
+                            add(i,
+                                kAhead > 1 ? tiles[a][i] : ld_global_v4(fragment(slot(first), i, warp_m, warp_n, lane)),
+                                share);
+                        }
+                    }
                 }
             }
         }
     }
 
-    FMHA_DEVICE void add_slot(const float (&peaks)[2], const float (&sums)[2], const Vec4 (&tiles)[Traits::kOwnTiles],
-                              int warp_n) {
-        float share[2];
+    // Makes room for another result: its maxima and sums are included, what is there already is scaled. `share`: by
+    // what the other's O is multiplied.
+    FMHA_DEVICE void include(const float (&peaks)[2], const float (&sums)[2], float (&share)[2]) {
         FMHA_UNROLL
         for (int half = 0; half < 2; ++half) {
             const float base = fmaxf(peak[half], peaks[half]);
@@ -163,12 +172,6 @@ struct Partial {
             for (int i = 0; i < Traits::kOwnTiles; ++i) {
                 o[i][half * 2] *= shrink;
                 o[i][half * 2 + 1] *= shrink;
-            }
-        }
-        FMHA_UNROLL
-        for (int i = 0; i < Traits::kOwnTiles; ++i) {
-            if (has(i, warp_n)) {
-                add(i, tiles[i], share);
             }
         }
     }

@@ -72,8 +72,8 @@ FMHA_DEVICE void compute_piece(float (&o)[1][Traits::kVTiles][4], Softmax<1>& so
     if (n_block >= end) {
         return;  // no row sees a key
     }
-    const uint32_t pages = q_tile + Traits::kSmemBytes - Traits::kScratchBytes - Traits::kPagesBytes;
-    DecodeKv<Traits> kv(params, units, piece, pages, end, thread);
+    const uint32_t places = q_tile + Traits::kSmemBytes - Traits::kScratchBytes - Traits::kPlacesBytes;
+    DecodeKv<Traits> kv(params, units, piece, places, end, thread);
     const ScoreMod<Score::kSoftcap> softcap(p, piece.batch, 0, 0);
     const auto load_kv = [&](int block, int stage) {
         if (block < end) {

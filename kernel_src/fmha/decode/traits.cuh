@@ -46,13 +46,13 @@ struct DecodeTraits {
     // Where warps share keys, their results meet in the ring: O as fragments, then maxima and sums.
     static constexpr int kStatsBytes = kRows * kWarpsN * 8;
     static constexpr int kExchangeBytes = kWarpsN == 1 ? 0 : kWarps * kVTiles * 512 + kStatsBytes;
-    // The pages of the tiles that are copied next. Only pages of one token make a tile need as many as it has keys.
-    static constexpr int kPageSlots = kStages;
-    static constexpr int kPageSlotWords = kBlockN;
-    static constexpr int kPagesBytes = kPaged ? kPageSlots * kPageSlotWords * 4 : 0;
+    // Where in the pools of K and V the keys lie of tiles that are copied next: 8 bytes each.
+    static constexpr int kPlaceSlots = kStages;
+    static constexpr int kPlaceBytes = kBlockN * 16;
+    static constexpr int kPlacesBytes = kPaged ? kPlaceSlots * kPlaceBytes : 0;
     static constexpr int kScratchBytes = 64;
     static constexpr int kSmemBytes =
-        kQBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes) + kPagesBytes + kScratchBytes;
+        kQBytes + (kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes) + kPlacesBytes + kScratchBytes;
 
     // A result that is not complete: O as fragments, then (maximum, sum) of each row.
     static constexpr int kSlotFloats = kRows * kHeadDimV + 2 * kRows;
@@ -61,7 +61,7 @@ struct DecodeTraits {
     static_assert(kWarps == 4, "sums over the CTA are of four warps");
     static_assert(kWarpsM * kWarpsN == kWarps, "one m16 tile a warp");
     static_assert(kBlockN % (16 * kWarpsN) == 0, "P is fed to the second product in k16 steps");
-    static_assert(kPageSlotWords <= kThreads, "a thread looks up one page of a tile");
+    static_assert(kBlockN <= kThreads, "a thread looks up one key of a tile");
     static_assert(kStages >= 2, "one stage is read while the next one lands");
 };
 

@@ -24,12 +24,6 @@ FMHA_DEVICE float ld_global_written_f32(const float* src) {
     return x;
 }
 
-FMHA_DEVICE uint32_t ld_shared_u32(uint32_t addr) {
-    uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(addr));
-    return x;
-}
-
 FMHA_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
 FMHA_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 
