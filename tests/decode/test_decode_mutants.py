@@ -68,8 +68,9 @@ MUTANTS = {
     "pages of the next tile": mutant(
         "mma.cuh", r"kv\.keep\(n_block \+ Traits::kStages - 1\);", "", "nobody|reads|touches|race", spec=PAGED
     ),
-    "rows of a page off by one": mutant("kv.cuh", r"token - pages\.page\(token\) \* pages\.size;", "token + 1 - pages.page(token) * pages.size;",
-                                       "reads", spec=PAGED),
+    "rows of a page off by one": mutant(
+        "kv.cuh", r"token - (pages\.page\(token\) \* pages\.size;)", r"token + 1 - \1", "reads", spec=PAGED
+    ),
     "64 rows, a wait too few": mutant("mma.cuh", LOOP + r"cp_async_wait<[^;]*;", r"\1", "in flight", spec=WIDE),
 }  # fmt: skip
 

@@ -73,8 +73,8 @@ def tile(spec: KernelSpec) -> str:
 
 
 def smem_bytes(spec: KernelSpec, tile: Tile) -> int:
-    """Dynamic shared memory of one CTA in bytes: Q, the stages, the places of keys in their pools, a few words. The results of
-    warps that share keys meet where the stages were."""
+    """Dynamic shared memory of one CTA in bytes: Q, the stages, the places of keys in their pools, a few words. The
+    results of warps that share keys meet where the stages were."""
     depth = -(-spec.head_dim // 16) * 16
     size = spec.dtype.itemsize
     ring = size * tile.stages * tile.block_n * (depth + spec.head_dim_v)
