@@ -49,6 +49,12 @@ def support(root: Path) -> str:
             cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
             alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
         rows += [[", ".join(dims), " ".join(words_of) or "plain", *cells] for cells, dims in alike.items()]
+    alike = {}
+    for d, dv in HEAD_DIMS:
+        specs = [s for s in catalog.enumerate_specs() if s.op is Op.DECODE and (s.head_dim, s.head_dim_v) == (d, dv)]
+        cells = tuple(_cell([s for s in specs if s.arch is arch], records) for arch in Arch)
+        alike.setdefault(cells, []).append(str(d) if d == dv else f"{d}x{dv}")
+    rows += [[", ".join(dims), "decode: all of the above", *cells] for cells, dims in alike.items()]
     packers = [[s for s in (pack_family.spec(arch),) if catalog.exists(s)] for arch in Arch]
     rows.append(["any", "masks are packed", *(_cell(specs, records) for specs in packers)])
     devices = sorted({r.device for r in records if r.on_gpu})
@@ -61,16 +67,22 @@ def support(root: Path) -> str:
     )
     short = sum(spec.short for spec in everything)
     legend += f" *short*: {short} kernels that compute what their plain twins do, cut for up to {SHORT_KEYS} keys."
+    legend += (
+        " *decode*: one kernel for every mask and score, for few queries on many keys, with K and V in pages or not."
+    )
     where = f" Verified on: {', '.join(devices)}." if devices else ""
     return f"{markdown(rows)}\n\n{legend}{where}"
 
 
 def _cell(specs: Sequence[KernelSpec], records: ledger.Ledger) -> str:
-    """How the kernels of one place of the table were proven, once where the dtypes agree."""
-    words = {spec.dtype.value: proof(spec, records) for spec in specs}
-    if len(set(words.values())) == 1:
-        return next(iter(words.values()))
-    return ", ".join(f"{dtype} {word}" for dtype, word in words.items()) or "no"
+    """How the kernels of one place of the table were proven, once where they agree."""
+    words: dict[str, dict[str, None]] = {}
+    for spec in specs:
+        words.setdefault(spec.dtype.value, {})[proof(spec, records)] = None
+    joined = {dtype: " or ".join(each) for dtype, each in words.items()}
+    if len(set(joined.values())) == 1:
+        return next(iter(joined.values()))
+    return ", ".join(f"{dtype} {word}" for dtype, word in joined.items()) or "no"
 
 
 def features(spec: KernelSpec) -> tuple[str, ...]:

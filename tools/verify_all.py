@@ -66,9 +66,12 @@ def recorded(spec: KernelSpec, way: str, known: ledger.Ledger) -> bool:
 @click.argument("archs", nargs=-1, required=True, metavar="ARCH=WAY...")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True)
 @click.option("--missing", is_flag=True, help="Only kernels that the ledger does not have as they are now.")
+@click.option("--op", "ops", multiple=True, help="Only kernels of this op.")
 @click.option("--seconds", default=0.0, help="Start nothing new after this long; 0 = no limit.")
-def main(archs: tuple[str, ...], jobs: int, missing: bool, seconds: float) -> None:
+def main(archs: tuple[str, ...], jobs: int, missing: bool, ops: tuple[str, ...], seconds: float) -> None:
     wanted, start = parse(archs), time.monotonic()
+    if ops:
+        wanted = [pair for pair in wanted if pair[0].op.value in ops]
     if missing:
         known = ledger.Ledger.load()
         wanted = [pair for pair in wanted if not recorded(*pair, known)]

@@ -49,6 +49,7 @@ class Cell:
     alibi: bool = False
     packed: bool = False  # the causal mask comes as bits, not as an option
     page_size: int = 0  # K and V in pages; 0: contiguous
+    keys: tuple[int, ...] = ()  # of each sequence of a cache; seqlen is the longest. (): all have seqlen
     sequences: int = 0  # the batch, at every length; 0: as many as make TOKENS tokens
     name: str = ""  # overrides the key
 
@@ -59,7 +60,7 @@ class Cell:
 
     @property
     def batch(self) -> int:
-        return len(self.lengths) or self.sequences or max(1, TOKENS // self.seqlen_q)
+        return len(self.lengths or self.keys) or self.sequences or max(1, TOKENS // self.seqlen_q)
 
     @property
     def heads(self) -> int:
@@ -91,6 +92,8 @@ class Cell:
         if self.lengths:
             return float(sum(n * n / 2 if self.causal else n * n for n in self.lengths))
         m, n = self.seqlen_q, self.seqlen
+        if self.keys:
+            n = sum(self.keys) // len(self.keys)  # as many pairs as a sequence has on average
         if self.window is None:
             return m * n - m * m / 2 if self.causal else float(m * n)
         left, right = self.window
@@ -105,6 +108,13 @@ class Cell:
         sequences = 1 if self.lengths else self.batch
         return 2 * sequences * self.heads * self.pairs * (self.head_dim + self.head_dim_v)
 
+    @property
+    def bytes(self) -> int:
+        """What must cross the memory at least: K and V once, Q and O."""
+        keys = sum(self.keys) or self.batch * self.seqlen
+        rows = keys * self.heads_k + self.batch * self.seqlen_q * self.heads
+        return rows * (self.head_dim + self.head_dim_v) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -115,7 +125,7 @@ class Inputs:
         k, v: [B, Sk, Hk, D] and [.., Dv]; varlen: [T, Hk, D]; paged: the pool [pages, page_size, Hk, D].
         cu_seqlens: [B + 1] int32 of a varlen cell.
         table: [B, pages of a sequence] int32 of a paged cell, in random order.
-        used: [B] int32, keys of each sequence of a paged cell.
+        used: [B] int32, keys of each sequence of a paged or ragged cell.
         slopes: [H] fp32 of an ALiBi cell.
         bits: bool [Sq, Sk] of a packed cell, True = attend; ``mask`` is the same, packed.
     """
@@ -155,8 +165,10 @@ def inputs(cell: Cell, device: str) -> Inputs:
     if cell.page_size:
         pages = -(-cell.seqlen // cell.page_size)
         order = torch.randperm(batch * pages, generator=random, device=device)
-        extras = {"table": order.view(batch, pages).int(), "used": ints([cell.seqlen] * batch)}
+        extras["table"] = order.view(batch, pages).int()
         rows = (batch * pages, cell.page_size)
+    if cell.page_size or cell.keys:
+        extras["used"] = ints(cell.keys or [cell.seqlen] * batch)
     if cell.alibi:
         extras["slopes"] = alibi_slopes(heads, device=device)
     if cell.packed:
@@ -230,11 +242,44 @@ def length() -> tuple[Cell, ...]:
     return tuple(replace(cell, sequences=1, grouped=(8, 8)) for cell in shapes)
 
 
+RAGGED = tuple(round(128 * 2 ** (8 * ((i * 19) % 32) / 31)) for i in range(32))
+"""Keys of 32 sequences, evenly spread in log from 128 to 32k, in no order."""
+
+
+def decode() -> tuple[Cell, ...]:
+    """One new token of each sequence (and a few drafts) on its cache: the cells of peers_h200.json, which say pages of
+    64 or contiguous, batch, keys."""
+    plain = Cell(DType.BF16, 128, 128, 0, False, queries=1, grouped=(32, 8))
+    found = []
+    for word, page in (("pg64", 64), ("con", 0)):
+        for batch, lengths in ((1, (2048, 16384, 131072)), (8, (2048, 16384)), (64, (512, 2048, 16384))):
+            for n in lengths:
+                name = f"dec_{word}_b{batch}_kv{n}"
+                found.append(replace(plain, seqlen=n, sequences=batch, page_size=page, name=name))
+        ragged = replace(plain, seqlen=max(RAGGED), keys=RAGGED, page_size=page, name=f"dec_{word}_mixed32")
+        found.append(ragged)
+    large = replace(plain, seqlen=16384, sequences=8, page_size=64)
+    return (
+        *found,
+        replace(large, grouped=(64, 8), name="dec_pg64_b8_kv16384_h64_8"),
+        replace(large, grouped=(32, 32), name="dec_pg64_b8_kv16384_mha32"),
+        replace(large, head_dim=64, head_dim_v=64, grouped=(64, 8), name="dec_pg64_b8_kv16384_d64_h64_8"),
+        replace(large, head_dim=256, head_dim_v=256, grouped=(16, 8), name="dec_pg64_b8_kv16384_d256_h16_8"),
+        replace(large, queries=4, causal=True, name="dec_pg64_b8_kv16384_sq4"),
+        # Not among them: small pages, and one KV head.
+        replace(large, page_size=16, name="dec_pg16_b8_kv16384"),
+        replace(large, page_size=1, name="dec_pg1_b8_kv16384"),
+        replace(large, page_size=528, name="dec_pg528_b8_kv16384"),
+        replace(large, seqlen=65536, sequences=1, grouped=(128, 1), page_size=0, name="dec_con_b1_kv65536_h128_1"),
+    )
+
+
 GRIDS: dict[str, Callable[[], tuple[Cell, ...]]] = {
     "standard": grid,
     "hopper": hopper,
     "mma": grid,  # the same cells, on the mma.sync kernels
     "features": features,
+    "decode": decode,
     "quick": quick,
     "length": length,
 }

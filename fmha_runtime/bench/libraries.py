@@ -43,6 +43,7 @@ def features(cell: Cell) -> Iterator[str]:
         ("packed mask", cell.packed),
         ("varlen", cell.lengths),
         ("paged KV", cell.page_size),
+        ("ragged keys", cell.keys),
         ("GQA", cell.heads != cell.heads_k),
         ("two head dims", cell.head_dim != cell.head_dim_v),
     ):
@@ -82,13 +83,13 @@ def _varlen(cell: Cell, x: Inputs) -> dict[str, Any]:
 
 def _flash_attn_2(cell: Cell, x: Inputs) -> Runnable:
     library = importlib.import_module("flash_attn")
-    only("flash_attn 2", cell, "softcap", "ALiBi", "window", "varlen", "paged KV", "GQA")
+    only("flash_attn 2", cell, "softcap", "ALiBi", "window", "varlen", "paged KV", "ragged keys", "GQA")
     options: dict[str, Any] = {"causal": cell.causal, "window_size": _window(cell, -1)}
     if cell.softcap:
         options["softcap"] = cell.softcap
     if cell.alibi:
         options["alibi_slopes"] = x.slopes
-    if cell.page_size:
+    if x.used is not None:
         if cell.page_size % 256:
             raise Absent(f"flash_attn 2 wants pages of a multiple of 256 tokens, these have {cell.page_size}")
         options |= {"cache_seqlens": x.used, "block_table": x.table}
@@ -101,11 +102,11 @@ def _flash_attn_2(cell: Cell, x: Inputs) -> Runnable:
 
 def _flash_attn_3(cell: Cell, x: Inputs) -> Runnable:
     library = importlib.import_module("flash_attn_interface")
-    only("flash_attn 3", cell, "softcap", "window", "varlen", "paged KV", "GQA", "two head dims")
+    only("flash_attn 3", cell, "softcap", "window", "varlen", "paged KV", "ragged keys", "GQA", "two head dims")
     options: dict[str, Any] = {"causal": cell.causal, "window_size": _window(cell, -1)}
     if cell.softcap:
         options["softcap"] = cell.softcap
-    if cell.page_size:
+    if x.used is not None:
         options |= {"cache_seqlens": x.used, "page_table": x.table}
         return Runnable(partial(library.flash_attn_with_kvcache, x.q, x.k, x.v, **options), output=_first)
     if cell.lengths:
@@ -116,11 +117,11 @@ def _flash_attn_3(cell: Cell, x: Inputs) -> Runnable:
 
 def _flash_attn_4(cell: Cell, x: Inputs) -> Runnable:
     library = importlib.import_module("flash_attn.cute")
-    only("flash_attn 4", cell, "softcap", "window", "varlen", "paged KV", "GQA", "two head dims")
+    only("flash_attn 4", cell, "softcap", "window", "varlen", "paged KV", "ragged keys", "GQA", "two head dims")
     options: dict[str, Any] = {"causal": cell.causal, "window_size": _window(cell, None)}
     if cell.softcap:
         options["softcap"] = cell.softcap
-    if cell.page_size:
+    if x.used is not None:
         options |= {"seqused_k": x.used, "page_table": x.table}
     elif cell.lengths:
         options |= _varlen(cell, x)

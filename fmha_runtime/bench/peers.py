@@ -86,6 +86,8 @@ def _torch(name: str, cell: Cell, x: Inputs) -> Runnable:
         raise Absent("torch's SDPA has no softcap")
     if cell.page_size:
         raise Absent("torch's SDPA reads no paged K and V")
+    if cell.keys:
+        raise Absent("torch's SDPA has one length for all sequences")
     if cell.window is not None or cell.lengths:
         if name == "flash":
             return _torch_flash(cell, x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,8 @@ class BenchRecord:
         if self.over_length:
             lines += [*self._costs("median_us"), "microseconds", *self._costs("peak_mib")]
             lines.append("MiB of device memory that a call takes at its peak, its output included")
+        if self.meta.get("bytes"):
+            lines += [*self._costs("median_us", self._rate), "microseconds, GB/s: K, V, Q and O once, over the time"]
         for (provider, reason), cases in self.absences().items():
             lines.append(f"absent: {provider} in {len(cases)} cells: {reason}")
         for peer in peers:
@@ -223,13 +225,19 @@ class BenchRecord:
             lines.append(f"host time per call, {h.case}, {h.provider}: {text}")
         return lines
 
-    def _costs(self, quantity: str) -> list[str]:
-        """A table of what a call takes, a column a provider."""
-        rows = [["case", *self.providers]]
+    def _rate(self, case: str) -> list[str]:
+        """What this library reads and writes a second, in GB/s; nothing where bytes are not what counts."""
+        size, took = self.meta["bytes"].get(case), (self.timing(case, OURS) or Timing(case, OURS)).median_us
+        return [f"{size / took / 1e3:.0f}" if size and took else "-"]
+
+    def _costs(self, quantity: str, more: Callable[[str], list[str]] | None = None) -> list[str]:
+        """A table of what a call takes, a column a provider, and perhaps ``more`` columns."""
+        rows = [["case", *self.providers, *(["ours, GB/s"] if more else [])]]
         for case in self.cases:
             timings = (self.timing(case, name) for name in self.providers)
             found = (getattr(timing, quantity) if timing else None for timing in timings)
-            rows.append([case, *("-" if value is None else f"{value:.0f}" for value in found)])
+            texts = ("-" if value is None else f"{value:.1f}" if more else f"{value:.0f}" for value in found)
+            rows.append([case, *texts, *(more(case) if more else [])])
         return records.table(rows, left=1)
 
 

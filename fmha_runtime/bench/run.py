@@ -168,7 +168,7 @@ def run(
         **{"clock_mhz_before": clock_before, "clock_mhz_after": _clock_mhz(device)},
         **{"date": records.now()},
         **{"seconds": round(time.monotonic() - begin, 1), "tokens": TOKENS, "width": WIDTH},
-        **{"flush_mib": FLUSH_BYTES >> 20},
+        **{"flush_mib": FLUSH_BYTES >> 20, "bytes": {cell.key: cell.bytes for cell in cells if cell.queries == 1}},
         # A fixed batch goes as far as the memory allows; who is absent says how much that was.
         **{"math_backend_up_to": None if any(cell.sequences for cell in cells) else MATH_LENGTH},
     }
@@ -327,6 +327,8 @@ def _reference(cell: Cell, x: Inputs, b: int, h: int) -> Tensor:
     k, v = x.k, x.v
     if x.table is not None:
         k, v = (t[x.table[b].long()].flatten(0, 1)[None] for t in (k, v))
+    if x.used is not None:
+        k, v = (t[:, : int(x.used[b])] for t in (k, v))
     hk, bk = h * cell.heads_k // cell.heads, 0 if x.table is not None else b
     out, _ = reference.attention(
         *(_part(cell, x.q, b, h), _part(cell, k, bk, hk), _part(cell, v, bk, hk)),
@@ -355,7 +357,7 @@ def ours(cell: Cell, x: Inputs, tile: str | None = None, plain_grid: bool = Fals
     if cell.lengths:
         lengths = {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens}
         longest = {"max_seqlen_q": max(cell.lengths), "max_seqlen_k": max(cell.lengths)}
-    if cell.page_size:
+    if x.used is not None:
         lengths = {"page_table": x.table, "seqused_k": x.used}
     plan = api.plan(x.q, x.k, x.v, **options, **tensors, **lengths, **longest, tile=tile)
     if plain_grid:

@@ -185,8 +185,9 @@ def attention_with_kvcache(
     Args:
         q: [B, Sq, H, D], or [Tq, H, D] with cu_seqlens_q. Query i of a sequence sits at position
             i + cache_seqlens[b] - its query length, so Sq smaller than the cache is a chunk of a longer prefill.
-        k_cache: [B, S, Hk, D], or with page_table a pool [pages, page_size, Hk, D] of pages of 8, 16, 32, 64, 128 or
-            256 tokens. Any strides: an HND pool goes in as ``pool.transpose(1, 2)``, halves of a joint pool as slices.
+        k_cache: [B, S, Hk, D], or with page_table a pool [pages, page_size, Hk, D] of pages of 1, 2, 4 or
+            a multiple of 8 up to 1024 tokens. Any strides: an HND pool goes in as ``pool.transpose(1, 2)``, halves of
+            a joint pool as slices.
         v_cache: [B, S, Hk, Dv] or [pages, page_size, Hk, Dv].
         cache_seqlens: [B] int32, keys of each sequence in the cache, or one int for all.
         page_table: [B, P] int32: token j of sequence b lies in page page_table[b, j // page_size]. Entries past a

@@ -19,6 +19,7 @@ from ..ops.forward import reference
 from ..ops.forward.binding import Binding
 from ..ops.forward.plan import NO_BACKWARD, Plan
 from ..ops.pack import packer
+from ..ops.works import WORK
 from ..problem import arguments, arrays, dispatch, kinds, tensors, values
 from ..problem.arguments import NO_EXTRAS, Extras
 from ..problem.dispatch import Problem
@@ -294,7 +295,7 @@ def _bound(
     key: Any = (
         q.dtype, q.device, shape.head_dim, shape.head_dim_v, shape.page_size, *options.values(), device, fallback, tile,
         extras.alibi_slopes is None, extras.mask is None,
-        dispatch.regime(shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k),
+        dispatch.regime(shape.batch, shape.heads, shape.heads_k, shape.seqlen_q, shape.seqlen_k, shape.page_size),
     )  # fmt: skip
     try:
         binding = _bindings.get(key)
@@ -346,7 +347,7 @@ def bind(
         if fallback == "torch" and tile is None:
             return None
         raise
-    return Binding(kernel, choice.spec, choice.tile, opts, shape.page_size)
+    return Binding(kernel, choice.spec, choice.tile, opts, shape.page_size, WORK.get(choice.spec.op))
 
 
 def arch_of(index: int) -> Arch:
@@ -378,6 +379,7 @@ def problem(arch: Arch, q: Any, shape: arguments.Shape, opts: arguments.Options,
         seqlen_k=shape.seqlen_k,
         heads=shape.heads,
         heads_k=shape.heads_k,
+        page_size=shape.page_size,
         causal=opts.causal,
         window=opts.window,
     )

@@ -25,8 +25,8 @@ _PEERS = {"standard": "sdpa", "length": "cudnn,flash,math,flex"}
 
 @click.command()
 @click.option("--grid", default="standard", show_default=True, metavar="GRID", help="standard, hopper (every head dim "
-              "in bf16, three in fp16), mma (standard on the mma.sync kernels), features, quick, length (time and "
-              "memory of one sequence up to 32k tokens).")  # fmt: skip
+              "in bf16, three in fp16), mma (standard on the mma.sync kernels), features, decode, quick, length (time "
+              "and memory of one sequence up to 32k tokens).")  # fmt: skip
 @click.option("--against", metavar="NAME,NAME,...", help="Peers: cudnn, flash, efficient, math (all four: sdpa), "
               "flex (torch's flex_attention; seconds a cell to compile), flash_attn, flash_attn_3, flash_attn_4, "
               "flashinfer, xformers; all is everyone who can be imported. Default: sdpa for the standard grid, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels.spec import HEAD_DIMS
-from ..problem.arguments import PAGE_SIZES
+from ..problem.arguments import LARGEST_PAGE, PAGE_SIZES, is_page_size
 from ..problem.kinds import are_special, traced
 from ..problem.tensors import MAX_SEQLEN
 
@@ -252,7 +252,8 @@ def split_qkv(qkv: torch.Tensor, num_heads_q: int | None) -> tuple[torch.Tensor,
 def pages(
     cache: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K and V pools and their page table with pages of a size that has kernels: large pages are cut into views.
+    """K and V pools and their page table with pages of a size that has kernels. Those that only decode kernels read are
+    cut into views of smaller ones, where they can be.
 
     Raises:
         UnsupportedProblem: pages that are neither such a size nor a multiple of one.
@@ -264,9 +265,11 @@ def pages(
         return *cache, table
     small = page_within(size)
     if not small or not all(joinable(x) for x in cache):
+        if is_page_size(size):
+            return *cache, table
         raise UnsupportedProblem(
-            f"the cache has pages of {size} tokens; there are kernels for {', '.join(map(str, PAGE_SIZES))}, and "
-            "multiples of them whose pages follow each other in memory"
+            f"the cache has pages of {size} tokens; there are kernels for 1, 2, 4 and multiples of 8 up to "
+            f"{LARGEST_PAGE}, and for multiples of 8 whose pages follow each other in memory"
         )
     parts = size // small
     k, v = (x.unflatten(1, (parts, small)).flatten(0, 1) for x in cache)

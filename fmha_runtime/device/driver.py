@@ -363,6 +363,14 @@ def stream_is_capturing(stream: int) -> bool:
     return bool(check("cuStreamIsCapturing", result))
 
 
+def capture_id(stream: int) -> int:
+    """Which capture of a CUDA graph this stream takes part in; 0: none."""
+    if not stream_is_capturing(stream):
+        return 0
+    found = call("cuStreamGetCaptureInfo", stream)
+    return int(found[1]) + 1  # an id is unique in the process, and may be 0
+
+
 class current:
     """Makes a device's primary context current for a while."""
 

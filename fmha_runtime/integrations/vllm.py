@@ -21,7 +21,7 @@ from ..errors import FmhaError, InputError, UnsupportedProblem
 from ..kernels import catalog
 from ..kernels.spec import Arch, DType, KvLayout
 from ..problem import dispatch
-from ..problem.arguments import PAGE_SIZES
+from ..problem.arguments import LARGEST_PAGE, PAGE_SIZES, is_page_size
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +109,10 @@ class Backend:
         Raises:
             InputError: pages of another size than the kernels read.
         """
-        if block_size not in PAGE_SIZES:
-            raise InputError(f"block_size is {block_size}; pages of {', '.join(map(str, PAGE_SIZES))} tokens are read")
+        if not is_page_size(block_size):
+            raise InputError(
+                f"block_size is {block_size}; pages of 1, 2, 4 and multiples of 8 up to {LARGEST_PAGE} are read"
+            )
         return (num_blocks, 2, block_size, num_kv_heads, head_size)
 
     @staticmethod

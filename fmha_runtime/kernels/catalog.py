@@ -14,10 +14,12 @@ from functools import cache
 from typing import Protocol
 
 from ..errors import InputError, UnsupportedProblem
+from .decode import family as decode
 from .forward import family as forward
 from .pack import family as pack
-from .spec import Arch, KernelSpec, Op
+from .spec import Arch, KernelSpec, Mask, Op, Score
 from .tile import Tile
+from .unit import Unit
 
 PROVEN_NVCC = "13.0.88"
 """The version of nvcc that the packaged manifest, the tuning and the verification are of."""
@@ -32,12 +34,14 @@ class Family(Protocol):
     def tile(self, spec: KernelSpec, /) -> str: ...
     def smem_bytes(self, spec: KernelSpec, tile: Tile, /) -> int: ...
     def allowed_spill_bytes(self, spec: KernelSpec, /) -> int: ...
+    def unit(self, spec: KernelSpec, tile: Tile, /) -> Unit: ...
     def block(self, spec: KernelSpec, /) -> type[ctypes.Structure]: ...
+    def serves(self, spec: KernelSpec, mask: Mask, score: Score, /) -> bool: ...
 
 
 ANY_SPILLS = 1 << 30
 
-FAMILIES: dict[Op, Family] = {Op.FWD: forward, Op.PACK: pack}
+FAMILIES: dict[Op, Family] = {Op.FWD: forward, Op.DECODE: decode, Op.PACK: pack}
 
 
 @cache
@@ -99,6 +103,17 @@ def allowed_spill_bytes(spec: KernelSpec) -> int:
     if not is_core(spec):
         return ANY_SPILLS
     return FAMILIES[spec.op].allowed_spill_bytes(spec)
+
+
+def unit(spec: KernelSpec, tile: Tile) -> Unit:
+    """What the kernel's translation unit says."""
+    return FAMILIES[spec.op].unit(spec, tile)
+
+
+def serves(spec: KernelSpec, mask: Mask, score: Score) -> bool:
+    """Whether a kernel computes attention with such masks and scores: those of its name, or any where it decides at run
+    time."""
+    return FAMILIES[spec.op].serves(spec, mask, score)
 
 
 def block(spec: KernelSpec) -> type[ctypes.Structure]:

@@ -19,11 +19,9 @@ from .. import config
 from ..errors import ArtifactError
 from . import catalog
 from .code_hash import Flattener
-from .spec import Arch, DType, KernelSpec, KvLayout, Mask, Op
+from .spec import Arch, KernelSpec
 from .tile import Tile
 
-_ELEMENT = {DType.FP16: "fmha::Fp16", DType.BF16: "fmha::Bf16"}
-_HEADERS = {"fwd_sm80": "forward/mma.cuh", "fwd_sm90": "forward/wgmma.cuh", "pack_mask": "pack/packer.cuh"}
 _ABI = re.compile(r"^#define FMHA_ABI (\d+)$", re.MULTILINE)
 
 EMULATOR_FLAGS = ("-shared", "-O2", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-pthread")
@@ -43,63 +41,21 @@ def _resolved(folder: Path, name: str) -> Path:
     return (folder / name).resolve()
 
 
-def _family(spec: KernelSpec) -> str:
-    if spec.op is Op.PACK:
-        return "pack_mask"
-    assert spec.op is Op.FWD
-    return "fwd_sm90" if spec.arch is Arch.SM90A else "fwd_sm80"
-
-
 def header(spec: KernelSpec) -> str:
     """The header, inside ``kernel_src/fmha``, that defines this kernel."""
-    return _HEADERS[_family(spec)]
+    return catalog.unit(spec, catalog.tile(spec)).header
 
 
 def render(spec: KernelSpec, tile: Tile) -> str:
     """The translation unit of a kernel: the same text for nvcc and for the emulator's g++."""
-    family = _family(spec)
-    if family == "pack_mask":
-        traits, params = f"PackMaskTraits<{tile.warps}, {tile.stages}>", "PackMaskParams"
-    elif family == "fwd_sm90":
-        traits, params = _sm90_traits(spec, tile), "FwdSm90Params"
-    else:
-        traits, params = _sm80_traits(spec, tile), "FwdParams"
-    return f"""#include "{header(spec)}"
-using Traits = fmha::{traits};
+    unit = catalog.unit(spec, tile)
+    return f"""#include "{unit.header}"
+using Traits = fmha::{unit.traits};
 static_assert(Traits::kSmemBytes == {catalog.smem_bytes(spec, tile)}, \
 "catalog.py and the traits must agree on shared memory");
-FMHA_KERNEL({spec.name}, fmha::{params}, {tile.threads}, {tile.ctas_per_sm}) {{ \
-fmha::{family}<Traits>(params); }}
+FMHA_KERNEL({spec.name}, fmha::{unit.params}, {tile.threads}, {tile.ctas_per_sm}) {{ \
+fmha::{unit.body}<Traits>(params); }}
 """
-
-
-def _sm80_traits(spec: KernelSpec, tile: Tile) -> str:
-    flag = "true" if tile.q_in_regs else "false"
-    numbers = (spec.head_dim, spec.head_dim_v, tile.block_m, tile.block_n, tile.warps, tile.stages)
-    words = [_ELEMENT[spec.dtype], *map(str, numbers), flag, *_features(spec)]
-    return f"FwdTraits<{', '.join(words)}>"
-
-
-def _sm90_traits(spec: KernelSpec, tile: Tile) -> str:
-    words = [
-        _ELEMENT[spec.dtype], spec.head_dim, spec.head_dim_v, f"fmha::Score::k{spec.score.value.capitalize()}",
-        tile.block_n, tile.block_m // 64, tile.stages,
-    ]  # fmt: skip
-    features = [spec.mask is Mask.PACKED, spec.kv is KvLayout.PAGED]
-    while features and not features[-1]:
-        features.pop()
-    words += [str(x).lower() for x in features]
-    return f"FwdSm90Traits<{', '.join(map(str, words))}>"
-
-
-def _features(spec: KernelSpec) -> list[str]:
-    """The template arguments that say which features a kernel has; the last ones that are off are left out."""
-    flags = [spec.mask is Mask.PACKED, spec.kv is KvLayout.PAGED]
-    words = [f"fmha::Score::k{spec.score.value.capitalize()}", *(str(x).lower() for x in flags)]
-    plain = ["fmha::Score::kPlain", "false", "false"]
-    while words and words[-1] == plain[len(words) - 1]:
-        words.pop()
-    return words
 
 
 def flags(arch: Arch) -> tuple[str, ...]:

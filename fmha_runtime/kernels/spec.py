@@ -19,6 +19,7 @@ class Op(str, Enum):
     """What the kernel does."""
 
     FWD = "fwd"
+    DECODE = "decode"  # attention of few queries on many keys
     PACK = "pack"  # packs masks (packed_mask.py)
 
 
@@ -116,7 +117,8 @@ _NAME = re.compile(
 class KernelSpec:
     """One kernel of the table, by what it computes. Head dims are 0 where there are none.
 
-    ``short`` says nothing about what is computed: it is the twin of the kernel without it, cut for short sequences.
+    ``short`` says nothing about what is computed: it is the twin of the kernel without it, cut for short sequences, or
+    for few rows where the op is decode.
     """
 
     op: Op

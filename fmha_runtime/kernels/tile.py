@@ -49,9 +49,10 @@ class Tile:
             )
         m, n, warps, stages, ctas = (int(number) for number in found.groups()[:5])
         # mma.sync kernels give each warp whole m16 tiles; Hopper's have a warpgroup a 64 rows and one more to produce.
-        # The mask packer's several warps share 16 rows.
+        # The mask packer's several warps share 16 rows, those of a decode kernel share the keys of a step.
         packer = (m, n) == (64, 2048) and warps % 4 == 0
-        whole = warps > 0 and (m % (16 * warps) == 0 or (m % 64 == 0 and warps == m // 16 + 4) or packer)
+        decode = m in (16, 32) and warps == 4 and n % (16 * 64 // m) == 0
+        whole = warps > 0 and (m % (16 * warps) == 0 or (m % 64 == 0 and warps == m // 16 + 4) or packer or decode)
         if not whole or ctas < 1 or stages < 2 or m < 1 or n < 1 or n % 16:
             raise InputError(
                 f"tile {text!r} cannot be built: block_m must be a multiple of 16 * warps, "

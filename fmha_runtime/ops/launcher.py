@@ -36,6 +36,7 @@ def launch(
     queued: bool,
     read: Iterable[torch.Tensor | None],
     written: Iterable[torch.Tensor | None],
+    work: tuple[torch.Tensor, ...] = (),
 ) -> None:
     """Runs the kernel to its end.
 
@@ -44,13 +45,14 @@ def launch(
         queued: the kernel takes its tiles from a queue: its word is here.
         read: tensors that the kernel may read.
         written: tensors that it may read and write.
+        work: its workspace; the last tensor of it counts, and must be zero again.
 
     Raises:
-        EmulatorFault: the kernel did what it must not, or left its queue at another number than 0.
+        EmulatorFault: the kernel did what it must not, or left its queue or its counters at another number than 0.
     """
     buffers = [
         (t.data_ptr(), tensors.extent_bytes(t), writable)
-        for group, writable in ((read, False), (written, True))
+        for group, writable in ((read, False), (written, True), (work, True))
         for t in group
         if t is not None
     ]
@@ -61,3 +63,6 @@ def launch(
     kernel.launch(grid, threads, smem, 0, ctypes.addressof(block), buffers)
     if queue.value:
         raise EmulatorFault(f"kernel {kernel.name} left its tile queue at {queue.value}, not at 0 again")
+    if work and work[-1].any():
+        left = int(work[-1].count_nonzero())
+        raise EmulatorFault(f"kernel {kernel.name} left {left} counters at other numbers than 0")

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
-"""Tokens of a page."""
+"""Tokens of a page that every kernel for pages reads."""
+LARGEST_PAGE = 1024
+
+
+def is_page_size(tokens: int) -> bool:
+    """Whether there are kernels for pages of so many tokens."""
+    return tokens in (1, 2, 4) or (0 < tokens <= LARGEST_PAGE and tokens % 8 == 0)
 
 
 @dataclass(frozen=True)
@@ -333,10 +339,11 @@ def _check_pages(table: Any, page_size: int, batch: int, device: torch.device) -
     """The rules of a page table; returns how many keys its rows can name."""
     import torch
 
-    if page_size not in PAGE_SIZES:
+    if not is_page_size(page_size):
         raise InputError(
             f"the cache has pages of {page_size} tokens (shape [pages, page_size, heads_k, dim]); "
-            f"supported are {', '.join(map(str, PAGE_SIZES))}: an HND pool goes in as pool.transpose(1, 2)"
+            f"1, 2, 4 and multiples of 8 up to {LARGEST_PAGE} are supported: an HND pool goes in as "
+            "pool.transpose(1, 2)"
         )
     if not isinstance(table, torch.Tensor) or table.dtype is not torch.int32:
         got = table.dtype if isinstance(table, torch.Tensor) else type(table).__name__

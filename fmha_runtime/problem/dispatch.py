@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 from ..errors import InputError, UnsupportedProblem
 from ..kernels import catalog, forced_tile
+from ..kernels.decode.family import ROWS, SHORT_ROWS
 from ..kernels.forward import tiles
 from ..kernels.spec import Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from ..kernels.tile import Tile
+from .arguments import PAGE_SIZES
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Problem:
     seqlen_k: int | None = None
     heads: int = 1
     heads_k: int = 1
+    page_size: int | None = None  # tokens; None: not told
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
 
@@ -62,7 +65,7 @@ class Problem:
             words.append(f"window ({left}, {right})")
         words += [self.score.value] if self.score is not Score.PLAIN else []
         words += ["packed mask"] if self.mask is Mask.PACKED else []
-        words += ["paged KV"] if self.kv is KvLayout.PAGED else []
+        words += ["paged KV" + (f" of {self.page_size}" if self.page_size else "")] if self.kv is KvLayout.PAGED else []
         return ", ".join(words)
 
 
@@ -108,11 +111,36 @@ class Regime(NamedTuple):
     """Up to tiles.SHORT_KEYS keys."""
     crowd: bool
     """Up to 64 queries each, 2048 or more batch * heads."""
+    rows: int = 0
+    """Rows of the decode kernel for it: pairs of a query and a head that shares its KV head. 0: not for decoding."""
+    any_pages: bool = False
+    """Pages of a size that forward kernels do not read."""
 
 
-def regime(batch: int, heads: int, seqlen_q: int, seqlen_k: int | None) -> Regime:
+def regime(
+    batch: int, heads: int, heads_k: int, seqlen_q: int, seqlen_k: int | None, page_size: int | None = None
+) -> Regime:
     """The regime of a problem; ``seqlen_k`` None is any number of keys."""
-    return Regime(seqlen_k is not None and seqlen_k <= tiles.SHORT_KEYS, seqlen_q <= 64 and batch * heads >= 2048)
+    rows = seqlen_q * heads // max(1, heads_k)
+    any_pages = page_size is not None and page_size not in PAGE_SIZES
+    decodes = any_pages or (seqlen_k is not None and _for_decode(batch, heads, heads_k, seqlen_q, seqlen_k))
+    return Regime(
+        seqlen_k is not None and seqlen_k <= tiles.SHORT_KEYS,
+        seqlen_q <= 64 and batch * heads >= 2048,
+        0 if not decodes else SHORT_ROWS if rows <= SHORT_ROWS else ROWS,
+        any_pages,
+    )
+
+
+def _for_decode(batch: int, heads: int, heads_k: int, queries: int, keys: int) -> bool:
+    """Whether decode kernels are faster: measured on an H100 on 2026-11-27, d 64 and 128, against wgmma rows
+    (docs/notes/decoding_h200.md). They read K and V once a KV head, the others once a head; they split keys among CTAs,
+    which takes a few microseconds to put together again."""
+    enough = keys >= 768 or (keys >= 256 and batch * heads >= 256)
+    few = queries <= 16 or queries * heads <= ROWS * heads_k
+    alone = queries <= 32 and batch * heads_k <= 128
+    long = queries <= 128 and batch * heads <= 64 and keys >= 16384
+    return enough and (few or alone or long)
 
 
 @dataclass(frozen=True)
@@ -130,6 +158,21 @@ def _decodes_d64(p: Problem, sizes: Regime) -> bool:
 
 
 _PREFERENCES = (
+    _Preference(
+        lambda p, sizes: bool(sizes.rows),
+        lambda spec, arch: spec.op is Op.DECODE,
+        "decode kernels read K and V once for all query heads of a KV head",
+    ),
+    _Preference(
+        lambda p, sizes: sizes.rows == SHORT_ROWS,
+        lambda spec, arch: spec.op is not Op.DECODE or spec.short,
+        f"its short twin is for up to {SHORT_ROWS} queries x heads of a KV head",
+    ),
+    _Preference(
+        lambda p, sizes: sizes.rows == ROWS,
+        lambda spec, arch: spec.op is not Op.DECODE or not spec.short,
+        f"is cut for up to {SHORT_ROWS} queries x heads of a KV head",
+    ),
     # H200, 32 heads, 1 to 64 queries, 2k keys: 278 against 395 us for 64 sequences. For 8 it was 50.4 against 57.8,
     # which the wgmma row's present tile, a fifth faster for many queries and not timed with one, may well have turned
     # round; with one sequence sm90 has 0.6 times the speed, and at other head dims it never wins
@@ -158,10 +201,13 @@ _PREFERENCES = (
 """The most important first: the first preference that tells two rows apart decides which of them comes first."""
 
 
-def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
+def _reasons(spec: KernelSpec, problem: Problem, sizes: Regime) -> list[str]:
     """Why a row does not compute the problem; the most general reason first."""
     reasons = []
-    if spec.op is not problem.op:
+    if (spec.op, problem.op) == (Op.DECODE, Op.FWD):
+        if not sizes.rows:
+            reasons.append("is faster only for few queries on many keys")
+    elif spec.op is not problem.op:
         reasons.append(f"computes {spec.op.value}, problem is {problem.op.value}")
     if spec.arch not in problem.arch.targets:
         reasons.append(f"is for {spec.arch.value}, device is {problem.arch.value}")
@@ -171,10 +217,12 @@ def _reasons(spec: KernelSpec, problem: Problem) -> list[str]:
         reasons.append(
             f"has head dims {spec.head_dim}x{spec.head_dim_v}, problem has {problem.head_dim}x{problem.head_dim_v}"
         )
-    if spec.score is not problem.score:
+    if not catalog.serves(spec, spec.mask, problem.score):
         reasons.append(f"computes {spec.score.value} scores, problem needs {problem.score.value}")
-    if spec.mask is not problem.mask:
+    if not catalog.serves(spec, problem.mask, spec.score):
         reasons.append(f"applies {spec.mask.value} masks, problem needs {problem.mask.value}")
+    if sizes.any_pages and spec.op is Op.FWD:
+        reasons.append(f"reads pages of {', '.join(map(str, PAGE_SIZES))} tokens only")
     if spec.kv is not problem.kv:
         reasons.append(f"reads {spec.kv.value} K and V, problem has {problem.kv.value}")
     return reasons
@@ -192,7 +240,7 @@ def trace(problem: Problem, tile: str | None = None) -> Trace:
     p = problem
     accepted, rejected = _walk(
         Problem(p.arch, p.dtype, p.head_dim, p.head_dim_v, p.op, p.mask, p.score, p.kv),
-        regime(p.batch, p.heads, p.seqlen_q, p.seqlen_k),
+        regime(p.batch, p.heads, p.heads_k, p.seqlen_q, p.seqlen_k, p.page_size),
     )
     if not accepted:
         return Trace(problem, None, rejected)
@@ -207,8 +255,9 @@ def _force(found: Trace, accepted: Sequence[KernelSpec], text: str) -> Trace:
     target = next((arch for arch in Arch if arch.value == word), None)
     rest = text if target is None else rest.strip()
     # A short row differs from its long twin by the tile alone. A tile forced by the caller therefore goes on the long
-    # twin, whatever the length.
+    # twin, whatever the length. What is forced is the tile of a forward kernel; decode kernels have few.
     rows = [spec for spec in accepted if target in (None, spec.arch) and not (rest and spec.short)]
+    rows = [spec for spec in rows if spec.op is not Op.DECODE]
     if not rows:
         raise InputError(
             f"tile {text!r} asks for {word}; targets that compute this on {found.problem.arch.value}: "
@@ -232,7 +281,7 @@ def _walk(problem: Problem, sizes: Regime) -> tuple[tuple[KernelSpec, ...], tupl
     accepted: list[KernelSpec] = []
     rejected: list[tuple[KernelSpec, list[str]]] = []
     for spec in catalog.enumerate_specs():
-        reasons = _reasons(spec, problem)
+        reasons = _reasons(spec, problem, sizes)
         if reasons:
             rejected.append((spec, reasons))
         else:
@@ -270,7 +319,11 @@ def kernels(problem: Problem) -> tuple[KernelSpec, ...]:
     Raises:
         UnsupportedProblem: as ``choose``.
     """
-    sizes = product((problem.batch, 1), (problem.seqlen_q, 1), (problem.seqlen_k, 1))
+    group = max(1, problem.heads // max(1, problem.heads_k))
+    few = [max(1, min(problem.seqlen_q, each)) for each in (128, 32, 16, ROWS // group, SHORT_ROWS // group)]
+    keys = problem.seqlen_k
+    fewer = [] if keys is None else [min(keys, tiles.SHORT_KEYS), min(keys, 256)]
+    sizes = product((problem.batch, 1), (problem.seqlen_q, *few, 1), (keys, *fewer, 1))
     each = (choose(replace(problem, batch=b, seqlen_q=q, seqlen_k=k)).spec for b, q, k in sizes)
     return tuple(dict.fromkeys(each))
 

@@ -69,6 +69,7 @@ int32_t ld_global_s32(const int32_t* src);
 uint8_t ld_global_u8(const uint8_t* src);
 float ld_global_f32(const float* src);
 uint32_t atomic_add_global(uint32_t* word, uint32_t x);
+uint32_t atomic_inc_acq_rel(uint32_t* word, uint32_t last);
 
 void cp_async_16(uint32_t dst_smem, const void* src, bool valid);
 void cp_async_commit();

@@ -357,6 +357,15 @@ uint32_t atomic_add_global(uint32_t* word, uint32_t x) {
     return __atomic_fetch_add(word, x, __ATOMIC_RELAXED);
 }
 
+uint32_t atomic_inc_acq_rel(uint32_t* word, uint32_t last) {
+    check_global(self(), Op::kAtomicIncAcqRel, word, 4, 4, true);
+    uint32_t old = __atomic_load_n(word, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(word, &old, old >= last ? 0 : old + 1, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_RELAXED)) {
+    }
+    return old;
+}
+
 // --- cp.async
 
 void cp_async_16(uint32_t dst_smem, const void* src, bool valid) {

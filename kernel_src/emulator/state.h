@@ -42,6 +42,7 @@ enum class Op : uint8_t {
     kStGlobalU32,
     kStGlobalF32,
     kAtomicAddGlobal,
+    kAtomicIncAcqRel,
     kCpAsync16,
     kCpAsyncWait,
     kMbarrierInit,

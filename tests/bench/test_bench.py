@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from fmha_runtime.bench import cells as bench_cells
 from fmha_runtime.bench import peers as bench_peers
 from fmha_runtime.bench import run as bencher
 from fmha_runtime.bench.cells import Cell, Inputs
-from fmha_runtime.bench.provider import Peer
+from fmha_runtime.bench.provider import Absent, Peer
+from fmha_runtime.bench.record import BenchRecord, Timing
 from fmha_runtime.bench.run import Runnable
 from fmha_runtime.calls import api
 from fmha_runtime.errors import DriverError, FmhaError, InputError, KernelNotBuilt
@@ -326,3 +328,31 @@ def test_peers_are_found_or_missing_with_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises((DriverError, FmhaError), match=r"driver|GPU"):
         bencher.run(bench_cells.grid(), peers=("cudnn",))
+
+
+def test_decode_cells():
+    found = bench_cells.decode()
+    assert len(found) == len({cell.key for cell in found}) == 27
+    assert all(cell.seqlen_q in (1, 4) and cell.pairs <= 4 * cell.seqlen for cell in found)
+    by_name = {cell.key: cell for cell in found}
+    assert by_name["dec_con_b8_kv2048"].bytes == 2 * 128 * 2 * (8 * 2048 * 8 + 8 * 32)
+    mixed = by_name["dec_pg64_mixed32"]
+    assert (mixed.batch, min(mixed.keys), max(mixed.keys)) == (32, 128, 32768)
+
+
+def test_ragged_keys_are_cut_where_they_end():
+    cell = replace(bench_cells.decode()[-1], seqlen=70, keys=(70, 3), grouped=(4, 2), page_size=24, name="small")
+    x = bench_cells.inputs(cell, "cpu")
+    assert x.used.tolist() == [70, 3] and x.table.shape == (2, 3) and x.k.shape[:2] == (6, 24)
+    want = bencher._reference(cell, x, 1, 3)
+    got = api.attention_with_kvcache(x.q, x.k, x.v, cache_seqlens=x.used, page_table=x.table)
+    assert (got[1:, :, 3:].float() - want).norm() < 1e-2 * want.norm()
+    with pytest.raises(Absent, match="one length for all"):
+        bench_peers.prepare("math", replace(cell, page_size=0), x)
+
+
+def test_a_record_of_decoding_has_a_table_of_times_and_rates():
+    cell = bench_cells.decode()[0]
+    timings = tuple(Timing(cell.key, name, 10.0, 9.0, 3.4, 20) for name in ("ours", "cudnn"))
+    text = "\n".join(BenchRecord({"bytes": {cell.key: cell.bytes}}, timings).lines())
+    assert re.search(rf"{cell.key} +10\.0 +10\.0 +840", text)

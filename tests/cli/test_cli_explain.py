@@ -11,16 +11,23 @@ from helpers.program import fmha
 
 
 def test_explain_names_the_kernel_and_the_reasons():
-    result = fmha("explain", "d=128", "dtype=bf16", "sq=1", "sk=4096", "causal", "--arch", "sm90")
+    result = fmha("explain", "d=128", "dtype=bf16", "sq=1000", "sk=4096", "causal", "--arch", "sm90")
     assert result.exit_code == 0
     assert re.search(r"^chosen +fmha_fwd_sm90a_bf16_d128 ", result.stdout, re.MULTILINE)
     assert re.search(r"^rejected +fmha_fwd_sm90_bf16_d128 +computes the same", result.stdout, re.MULTILINE)
 
 
 def test_explain_tells_short_from_long():
-    for words, name in (("sk=1024", "d64_short"), ("sk=1025", "d64"), ("sq=9", "d64_short"), ("h=4", "d64")):
-        result = fmha("explain", "d=64", "dtype=bf16", words, "--arch", "sm90", "--json")
-        assert json.loads(result.stdout)["items"][0]["chosen"] == f"fmha_fwd_sm90a_bf16_{name}"
+    for words, name in (
+        ("sq=99 sk=1024", "fwd_sm90a_bf16_d64_short"),
+        ("sq=99 sk=1025", "fwd_sm90a_bf16_d64"),
+        ("sq=9", "fwd_sm90a_bf16_d64_short"),
+        ("h=4", "fwd_sm90a_bf16_d64"),
+        ("sk=1025", "decode_sm90_bf16_d64_short"),
+        ("sq=17 sk=1025", "decode_sm90_bf16_d64"),
+    ):
+        result = fmha("explain", "d=64", "dtype=bf16", *words.split(), "--arch", "sm90", "--json")
+        assert json.loads(result.stdout)["items"][0]["chosen"] == f"fmha_{name}"
     result = fmha("explain", "d=64", "dtype=bf16", "--arch", "sm90")
     assert "1 x any tokens" in result.stdout
     assert "fmha_fwd_sm90a_bf16_d64_short  computes the same; is cut for up to 1024 keys" in result.stdout

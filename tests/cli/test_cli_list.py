@@ -21,7 +21,7 @@ def test_list_shows_the_whole_catalogue():
 
 
 def test_list_json():
-    result = fmha("list", "--json", "--arch", "sm90", "--head-dim", "192x128")
+    result = fmha("list", "--json", "--arch", "sm90", "--head-dim", "192x128", "--op", "fwd")
     body = json.loads(result.stdout)
     assert body["version"] == fmha_runtime.__version__
     assert body["schema"] == 1

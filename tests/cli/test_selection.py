@@ -15,16 +15,16 @@ from fmha_runtime.kernels.spec import Arch
 @pytest.mark.parametrize(
     ("words", "count"),
     [
-        ([*PLAIN, "--arch", "sm90"], 26),
-        ([*PLAIN, "--arch", "sm90", "--arch", "sm80", "--dtype", "bf16"], 26),
-        ([*PLAIN, "--head-dim", "192"], 24),
-        ([*PLAIN, "--head-dim", "192x128", "--dtype", "fp16"], 6),
+        ([*PLAIN, "--arch", "sm90"], 52),
+        ([*PLAIN, "--arch", "sm90", "--arch", "sm80", "--dtype", "bf16"], 52),
+        ([*PLAIN, "--head-dim", "192"], 44),
+        ([*PLAIN, "--head-dim", "192x128", "--dtype", "fp16"], 11),
         (["--score", "softcap", "--no-paged", "--head-dim", "64", "--arch", "sm80"], 2),
         (["fmha_fwd_sm8?_*_d64"], 6),
         ([SMALL], 1),
         ([*PLAIN, "--op", "fwd"], 156),
-        (["--short"], 18),
-        (["--short", "--head-dim", "64"], 2),
+        (["--short"], 278),
+        (["--short", "--head-dim", "64"], 22),
         (["--no-short", "--head-dim", "64", "--arch", "sm90a"], 16),
         (["--no-short", "--op", "pack"], 5),
         (["--op", "pack"], 5),
@@ -54,8 +54,8 @@ def test_nearest_names_respect_the_options():
 
 
 def test_nothing_short_is_selected():
-    result = fmha("list", "--short", "--arch", "sm80")
-    assert result.exit_code == 2 and "arch sm80, short" in result.stderr
+    result = fmha("list", "--short", "--arch", "sm80", "--op", "fwd")
+    assert result.exit_code == 2 and "op fwd, arch sm80, short" in result.stderr
 
 
 def test_problem_words():

@@ -24,7 +24,7 @@ from fmha_runtime.problem.arguments import PAGE_SIZES
 
 pytestmark = pytest.mark.emulator
 
-DEVICE = "emulator:sm90"
+DEVICE = "emulator:sm90a"  # for which no decode kernel comes first
 SPEC = KernelSpec.parse("fmha_fwd_sm90a_bf16_d80_paged")
 
 

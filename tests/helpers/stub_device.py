@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import torch
 
 from fmha_runtime.calls import route
-from fmha_runtime.device import driver, tensor_map, tile_queue
+from fmha_runtime.device import counters, driver, tensor_map, tile_queue
 from fmha_runtime.kernels import catalog
 from fmha_runtime.kernels.spec import Arch
 from fmha_runtime.ops.forward.binding import Binding
+from fmha_runtime.ops.works import WORK
 from fmha_runtime.problem import arguments, dispatch
 
 STREAM = 0x51
+COUNTERS = 0xC0000
 QUEUE = 0x70000
 
 
@@ -66,6 +68,8 @@ class StubDevice:
         monkeypatch.setattr(driver, "l2_bytes", lambda index: 50 << 20)
         monkeypatch.setattr(driver, "bind", self.bound.append)
         monkeypatch.setattr(tile_queue, "word", lambda device, stream: QUEUE + 4 * stream)
+        monkeypatch.setattr(counters, "prepare", lambda device: None)
+        monkeypatch.setattr(counters, "words", lambda device, stream, count: COUNTERS + 4 * stream)
         monkeypatch.setattr(tensor_map, "_library", lambda: SimpleNamespace(cuTensorMapEncodeTiled=self._encode))
         monkeypatch.setattr(tensor_map, "replace_address", tensor_map.replace_address_emulated)
         monkeypatch.setattr(route, "bind", self._bind)
@@ -84,7 +88,8 @@ class StubDevice:
         opts = arguments.options(**options)
         spec = dispatch.choose(route.problem(self.arch, q, shape, opts, extras)).spec
         self.bindings += 1
-        return Binding(_Kernel(spec, self), spec, catalog.tile(spec), opts, shape.page_size)
+        work = WORK.get(spec.op)
+        return Binding(_Kernel(spec, self), spec, catalog.tile(spec), opts, shape.page_size, work)
 
     def _encode(self, slot, kind, rank, address, dims, strides, box, ones, interleave, swizzle, promotion, fill):
         """cuTensorMapEncodeTiled, as the emulator reads maps."""

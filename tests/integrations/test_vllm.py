@@ -210,8 +210,9 @@ def test_what_vllm_asks_before_it_chooses(backend, layout):
     assert backend.supported_dtypes == [torch.float16, torch.bfloat16]
     assert backend.supports_attn_type("decoder")
     assert not backend.supports_attn_type("encoder_only")
-    with pytest.raises(InputError, match="pages of 8, 16"):
-        backend.get_kv_cache_shape(5, 24, 2, 64)
+    assert backend.get_kv_cache_shape(5, 24, 2, 64) == (5, 2, 24, 2, 64)
+    with pytest.raises(InputError, match="multiples of 8"):
+        backend.get_kv_cache_shape(5, 12, 2, 64)
 
 
 def test_selection_speaks_of_the_table(backend):

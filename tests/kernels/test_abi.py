@@ -11,11 +11,12 @@ import pytest
 from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, manifest, sources
+from fmha_runtime.kernels.decode.params import DecodeParams
 from fmha_runtime.kernels.forward import params
 from fmha_runtime.kernels.pack.params import PackMaskParams
 from fmha_runtime.toolchain import nvcc
 
-PADDED = (params.TensorMap, params.FwdTmaParams, params.FwdSm90Params)
+PADDED = (params.TensorMap, params.FwdTmaParams, params.FwdSm90Params, DecodeParams)
 STRUCTS = (params.Strides, params.FwdParams, PackMaskParams)
 
 
@@ -23,7 +24,13 @@ STRUCTS = (params.Strides, params.FwdParams, PackMaskParams)
 def compiled(tmp_path_factory):
     """What the host compiler says: {struct: (size, {field: (offset, size)}, alignment)}."""
     folder = tmp_path_factory.mktemp("abi")
-    lines = ['#include "params_sm90.h"', '#include "pack/packer.cuh"', "#include <stdio.h>", "int main() {"]
+    lines = [
+        '#include "params_sm90.h"',
+        '#include "params_decode.h"',
+        '#include "pack/packer.cuh"',
+        "#include <stdio.h>",
+        "int main() {",
+    ]
     for struct in STRUCTS:
         name = f"fmha::{struct.__name__}"
         lines.append(f'printf("{struct.__name__} . %zu %zu\\n", sizeof({name}), alignof({name}));')
@@ -37,6 +44,7 @@ def compiled(tmp_path_factory):
     for struct, names in (
         ("FwdTmaParams", ("q_map", "k_map", "v_map", "fwd", "ctas")),
         ("FwdSm90Params", ("tma", "queue")),
+        ("DecodeParams", [name for name, _ in DecodeParams._fields_]),
     ):
         for field in names:
             member = f"offsetof(fmha::{struct}, {field}), sizeof(fmha::{struct}::{field})"

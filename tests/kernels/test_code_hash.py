@@ -142,8 +142,8 @@ def test_each_file_counts_for_the_kernels_that_reach_it(tmp_path, monkeypatch):
 def test_what_is_rendered_counts(monkeypatch):
     """A dropped feature gives another kernel from the same headers."""
     before = sources.code(SPEC, catalog.tile(SPEC))
-    plain = sources._sm90_traits
-    monkeypatch.setattr(sources, "_sm90_traits", lambda spec, tile: plain(replace(spec, mask="band"), tile))
+    plain = catalog.unit
+    monkeypatch.setattr(catalog, "unit", lambda spec, tile: plain(replace(spec, mask="band"), tile))
     assert sources.code(SPEC, catalog.tile(SPEC)) != before
 
 

@@ -45,7 +45,7 @@ def test_every_extended_kernel_has_a_tile_that_fits():
 
 
 def problem(d, dv=None, arch=Arch.SM90, **more):
-    return Problem(arch, DType.BF16, d, dv or d, seqlen_k=500, **more)
+    return Problem(arch, DType.BF16, d, dv or d, seqlen_q=100, seqlen_k=500, **more)
 
 
 def test_dispatch_names_the_kernel_and_says_that_it_is_none_of_the_catalogue():

@@ -92,7 +92,7 @@ def test_a_target_can_be_forced() -> None:
 
 
 def test_a_forced_target_follows_the_same_rules_and_a_forced_tile_is_the_long_twins() -> None:
-    few, many = (Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_k=n) for n in (1024, 1025))
+    few, many = (Problem(Arch.SM90, DType.BF16, 64, 64, seqlen_q=99, seqlen_k=n) for n in (1024, 1025))
     long = KernelSpec.parse("fmha_fwd_sm90a_bf16_d64")
     assert dispatch.choose(few, "sm90a").spec.name == "fmha_fwd_sm90a_bf16_d64_short"
     assert dispatch.choose(many, "sm90a").spec == long

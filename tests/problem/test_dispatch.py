@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -27,6 +28,8 @@ def test_every_row_is_chosen_for_its_own_problem(spec):
         op=spec.op, arch=device, dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v,
         mask=spec.mask, score=spec.score, kv=spec.kv, seqlen_k=1 if spec.short else None,
     )  # fmt: skip
+    if spec.op is Op.DECODE:
+        own = replace(own, op=Op.FWD, seqlen_k=1000, seqlen_q=3 if spec.short else 60)
     found = dispatch.trace(own)
     if found.chosen != spec:  # only where another target of the same GPU is measured faster
         assert (found.chosen.arch, spec.arch) == (Arch.SM90A, Arch.SM90)
@@ -40,7 +43,7 @@ SHORT, LONG = "fmha_fwd_sm90a_bf16_d64_short", "fmha_fwd_sm90a_bf16_d64"
 
 
 def d64(**kw):
-    return problem(**{"head_dim": 64, "head_dim_v": 64, **kw})
+    return problem(**{"head_dim": 64, "head_dim_v": 64, "seqlen_q": 100, **kw})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,8 @@ def d64(**kw):
         ({"seqlen_k": 1025}, LONG),
         ({"seqlen_k": None}, LONG),
         ({"seqlen_k": 1024, "seqlen_q": 5000}, SHORT),
-        ({"seqlen_k": 1025, "seqlen_q": 1}, LONG),
+        ({"seqlen_k": 255, "seqlen_q": 1}, SHORT),
+        ({"seqlen_k": 1025, "seqlen_q": 65}, LONG),
         ({"seqlen_k": 1024, "causal": True, "window": (None, 0)}, SHORT),
         ({"seqlen_k": 1024, "varlen": True, "batch": 9}, SHORT),
         ({"seqlen_k": 1025, "varlen": True, "batch": 9}, LONG),
@@ -81,7 +85,9 @@ def test_the_twin_that_was_passed_over_says_why():
 
 
 def decoding(**kw):
-    return d64(**{"kv": KvLayout.PAGED, "batch": 64, "heads": 32, "heads_k": 8, "seqlen_k": 2048, **kw})
+    """More rows than decode kernels are for."""
+    more = {"kv": KvLayout.PAGED, "batch": 64, "heads": 32, "heads_k": 8, "seqlen_q": 33, "seqlen_k": 2048}
+    return d64(**{**more, **kw})
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,8 @@ def decoding(**kw):
         ({}, Arch.SM90),
         ({"seqlen_q": 64}, Arch.SM90),
         ({"seqlen_q": 65}, Arch.SM90A),
-        ({"batch": 2048, "heads": 1, "heads_k": 1}, Arch.SM90),
-        ({"batch": 2047, "heads": 1, "heads_k": 1}, Arch.SM90A),
+        ({"batch": 512, "heads": 4, "heads_k": 1}, Arch.SM90),
+        ({"batch": 511, "heads": 4, "heads_k": 1}, Arch.SM90A),
         ({"score": Score.ALIBI}, Arch.SM90A),
         ({"mask": Mask.PACKED}, Arch.SM90A),
         ({"batch": 1}, Arch.SM90A),
@@ -107,6 +113,59 @@ def decoding(**kw):
 )
 def test_decoding_in_large_batches_at_head_dim_64_is_for_mma_kernels(change, arch):
     assert dispatch.choose(decoding(**change)).spec.arch is arch
+
+
+def decodes(**kw):
+    return problem(**{"seqlen_k": 2048, "heads": 32, "heads_k": 8, **kw})
+
+
+DECODE = "fmha_decode_sm90_bf16_d128"
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        ({}, f"{DECODE}_short"),
+        ({"seqlen_q": 4}, f"{DECODE}_short"),
+        ({"seqlen_q": 5}, DECODE),
+        ({"seqlen_q": 16}, DECODE),
+        ({"seqlen_q": 33}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_k": 768}, f"{DECODE}_short"),
+        ({"seqlen_k": 767}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_k": 256, "batch": 8}, f"{DECODE}_short"),
+        ({"seqlen_k": 256, "batch": 7}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_k": 255, "batch": 8}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_q": 32, "batch": 16}, DECODE),
+        ({"seqlen_q": 32, "batch": 17}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"seqlen_q": 128, "batch": 2, "seqlen_k": 16384}, DECODE),
+        ({"seqlen_q": 128, "batch": 3, "seqlen_k": 16384}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"kv": KvLayout.PAGED, "page_size": 528, "seqlen_q": 5000}, f"{DECODE}_paged"),
+        ({"kv": KvLayout.PAGED, "page_size": 1, "seqlen_k": 9}, f"{DECODE}_paged_short"),
+        ({"kv": KvLayout.PAGED, "page_size": 64, "seqlen_q": 5000}, "fmha_fwd_sm90a_bf16_d128_paged"),
+        ({"seqlen_k": None}, "fmha_fwd_sm90a_bf16_d128"),
+        ({"heads": 8}, f"{DECODE}_short"),
+        ({"heads": 64, "heads_k": 1}, DECODE),
+        ({"heads": 128, "heads_k": 1}, DECODE),
+        ({"score": Score.SOFTCAP}, f"{DECODE}_short"),
+        ({"score": Score.ALIBI, "mask": Mask.PACKED}, f"{DECODE}_short"),
+        ({"kv": KvLayout.PAGED, "seqlen_q": 7}, f"{DECODE}_paged"),
+        ({"arch": Arch.SM89, "dtype": DType.FP16}, "fmha_decode_sm89_fp16_d128_short"),
+        ({"arch": Arch.SM90A}, "fmha_fwd_sm90a_bf16_d128"),
+    ],
+    ids=str,
+)
+def test_few_queries_on_many_keys_are_for_decode_kernels(change, name):
+    assert dispatch.choose(decodes(**change)).spec.name == name
+
+
+def test_decode_kernels_say_why_and_why_not():
+    reasons = {spec.name: why for spec, why in dispatch.trace(decodes()).rejected}
+    assert reasons[DECODE] == "computes the same; its short twin is for up to 16 queries x heads of a KV head"
+    assert "read K and V once for all query heads" in reasons["fmha_fwd_sm90a_bf16_d128"]
+    reasons = {spec.name: why for spec, why in dispatch.trace(decodes(seqlen_q=500)).rejected}
+    assert reasons[DECODE] == "is faster only for few queries on many keys"
+    assert dispatch.choose(decodes(), "sm90a").spec.name == "fmha_fwd_sm90a_bf16_d128"
+    assert dispatch.choose(decodes(), "sm90").spec.name == "fmha_fwd_sm90_bf16_d128"
 
 
 def test_the_decode_preference_is_explained_and_can_be_overruled():
@@ -127,13 +186,15 @@ def test_the_walk_is_remembered_whatever_the_lengths():
 
 
 def test_kernels_of_all_smaller_problems():
+    few = ["fmha_decode_sm90_bf16_d64", "fmha_decode_sm90_bf16_d64_short"]
     assert [s.name for s in dispatch.kernels(d64())] == [LONG, SHORT]
-    assert [s.name for s in dispatch.kernels(d64(seqlen_k=4096))] == [LONG, SHORT]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=4096))] == [LONG, SHORT, *few]
     assert [s.name for s in dispatch.kernels(d64(seqlen_k=512))] == [SHORT]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=512, batch=256))] == [SHORT, *few]
+    assert [s.name for s in dispatch.kernels(d64(seqlen_k=200))] == [SHORT]
     assert [s.name for s in dispatch.kernels(problem())] == ["fmha_fwd_sm90a_bf16_d128"]
-    both = [s.arch for s in dispatch.kernels(decoding(seqlen_q=500))]
-    assert both == [Arch.SM90A, Arch.SM90]
-    assert [s.arch for s in dispatch.kernels(decoding(batch=1))] == [Arch.SM90A]
+    both = [(s.op, s.arch) for s in dispatch.kernels(decoding(seqlen_q=500))]
+    assert set(both) == {(Op.FWD, Arch.SM90A), (Op.FWD, Arch.SM90), (Op.DECODE, Arch.SM90)}
 
 
 def test_a_calls_key_count_is_the_bound_that_the_host_knows():

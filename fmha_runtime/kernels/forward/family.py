@@ -10,6 +10,7 @@ from itertools import product
 
 from ..spec import HEAD_DIMS, Arch, DType, KernelSpec, KvLayout, Mask, Op, Score
 from ..tile import Tile
+from ..unit import ELEMENT, Unit, template
 from . import params, tiles
 
 _FEATURES: tuple[tuple[Mask, Score, KvLayout], ...] = tuple(
@@ -134,6 +135,27 @@ def allowed_spill_bytes(spec: KernelSpec) -> int:
     return tiles.ALLOWED_SPILLS.get(spec.name, (0, ""))[0]
 
 
+def unit(spec: KernelSpec, tile: Tile) -> Unit:
+    """The translation unit of a kernel."""
+    dims = (ELEMENT[spec.dtype], spec.head_dim, spec.head_dim_v)
+    score = f"fmha::Score::k{spec.score.value.capitalize()}"
+    packed, paged = spec.mask is Mask.PACKED, spec.kv is KvLayout.PAGED
+    if spec.arch is Arch.SM90A:
+        consumers = tile.block_m // 64
+        traits = template("FwdSm90Traits", *dims, score, tile.block_n, consumers, tile.stages, packed, paged)
+        return Unit("forward/wgmma.cuh", traits, "FwdSm90Params", "fwd_sm90")
+    cut = (tile.block_m, tile.block_n, tile.warps, tile.stages, "true" if tile.q_in_regs else "false")
+    features = (spec.score is not Score.PLAIN and score, packed, paged)
+    if packed or paged:
+        features = (score, packed, paged)
+    return Unit("forward/mma.cuh", template("FwdTraits", *dims, *cut, *features), "FwdParams", "fwd_sm80")
+
+
 def block(spec: KernelSpec) -> type[ctypes.Structure]:
     """The struct that the kernel takes by value."""
     return params.FwdSm90Params if spec.arch is Arch.SM90A else params.FwdParams
+
+
+def serves(spec: KernelSpec, mask: Mask, score: Score) -> bool:
+    """Whether a kernel computes attention with such masks and scores: those of its name."""
+    return (spec.mask, spec.score) == (mask, score)

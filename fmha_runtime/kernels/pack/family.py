@@ -6,8 +6,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
-from ..spec import Arch, DType, KernelSpec, Op
+from ..spec import Arch, DType, KernelSpec, Mask, Op, Score
 from ..tile import Tile
+from ..unit import Unit, template
 from . import params
 
 # One word of the "any" bits is 32 blocks of 64 x 64; two blocks of a warp in flight keep it within 64 registers.
@@ -51,6 +52,17 @@ def allowed_spill_bytes(kernel: KernelSpec) -> int:
     return 0
 
 
+def unit(kernel: KernelSpec, tile: Tile) -> Unit:
+    """The translation unit of a packer."""
+    traits = template("PackMaskTraits", tile.warps, tile.stages)
+    return Unit("pack/packer.cuh", traits, "PackMaskParams", "pack_mask")
+
+
 def block(kernel: KernelSpec) -> type[ctypes.Structure]:
     """The struct that the kernel takes by value."""
     return params.PackMaskParams
+
+
+def serves(kernel: KernelSpec, mask: Mask, score: Score) -> bool:
+    """Packers compute no attention."""
+    return False

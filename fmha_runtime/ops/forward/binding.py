@@ -11,18 +11,18 @@ import math
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ... import config
 from ...device import driver, emulator, tensor_map
 from ...device.loader import Kernel
 from ...device.tensor_map import Swizzle
 from ...kernels import catalog
-from ...kernels.forward.params import FwdParams, FwdSm90Params
-from ...kernels.spec import Arch, KernelSpec
+from ...kernels.forward.params import FwdSm90Params
+from ...kernels.spec import KernelSpec
 from ...kernels.tile import Tile
 from ...problem import tensors
-from ...problem.arguments import Options
+from ...problem.arguments import Options, Shape
 from .. import launcher
 
 if TYPE_CHECKING:
@@ -42,6 +42,15 @@ def _unlock_in_child() -> None:
 os.register_at_fork(after_in_child=_unlock_in_child)
 
 
+class Work(Protocol):
+    """The grid and the workspace of an op whose CTAs do not have a query tile each."""
+
+    def __init__(self, binding: Binding, /) -> None: ...
+    def share(self, block: Any, shape: Shape, /) -> int: ...
+    def place(self, block: Any, stream: int, /) -> tuple[torch.Tensor, ...]: ...
+    def place_emulated(self, block: Any, /) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class Binding:
     """Kernel, tile and options, and what of the parameter block and the launch follows from them.
 
@@ -49,15 +58,24 @@ class Binding:
         kernel: loaded, of ``spec`` and ``tile``.
         opts: of the call.
         page_size: tokens of a page of K and V; None: they are contiguous.
+        work: what shares out the work of the kernel's op, where it is more than a tile a CTA (works.py).
     """
 
     __slots__ = (
         "__weakref__", "block_size", "block_type", "bytes_l2", "chunk", "debug", "device", "empty", "emulated",
         "encoders", "kernel", "lock", "options", "page_bits", "place", "replace", "scales", "slots", "smem", "spec",
-        "tile",
+        "tile", "work",
     )  # fmt: skip
 
-    def __init__(self, kernel: Kernel, spec: KernelSpec, tile: Tile, opts: Options, page_size: int | None) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        spec: KernelSpec,
+        tile: Tile,
+        opts: Options,
+        page_size: int | None,
+        work: type[Work] | None = None,
+    ) -> None:
         self.kernel, self.spec, self.tile, self.options = kernel, spec, tile, opts
         self.lock = threading.Lock()
         """Held while a parameter block is filled and launched."""
@@ -76,13 +94,14 @@ class Binding:
         self.scales = (scale, (opts.softcap or scale) * LOG2_E, tanh_scale)
         self.chunk = chunk_reciprocal(opts.attention_chunk)
         self.page_bits = 0 if page_size is None else page_size.bit_length() - 1
-        self.block_type: type[FwdParams] | type[FwdSm90Params] = FwdSm90Params if spec.arch is Arch.SM90A else FwdParams
+        self.block_type: type[Any] = catalog.block(spec)
         self.block_size = ctypes.sizeof(self.block_type)
         self.encoders: tuple[tensor_map.Encoder, ...] = ()
         self.replace = tensor_map.replace_address_emulated if self.emulated else tensor_map.replace_address
         self.place: int | None = _UNKNOWN
         if self.block_type is FwdSm90Params:
             self._encoders(page_size)
+        self.work = None if work is None else work(self)
         _alive.add(self)
 
     def _encoders(self, page_size: int | None) -> None:
@@ -95,7 +114,7 @@ class Binding:
         other = tensor_map.Encoder(self.spec.dtype, keys, columns, swizzle, self.emulated)
         self.encoders = (one, other)
 
-    def allocate(self) -> FwdParams | FwdSm90Params:
+    def allocate(self) -> Any:
         """A zeroed parameter block at an address that is a multiple of 64."""
         room = ctypes.create_string_buffer(self.block_size + 63)
         return self.block_type.from_buffer(room, -ctypes.addressof(room) % 64)

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from ...errors import InputError
-from ...kernels.spec import DType, KernelSpec, KvLayout, Mask, Score
+from ...kernels.spec import DType, KernelSpec, KvLayout, Mask, Op, Score
 from ...problem.arguments import PAGE_SIZES
 
 Band = tuple[bool, "tuple[int | None, int | None] | None"]  # (causal, window)
@@ -115,17 +115,32 @@ def cases(spec: KernelSpec) -> tuple[Case, ...]:
             f"there are no verification cases for {spec.name}: only 16-bit types are covered; "
             "add its cases to ops/forward/cases.py"
         )
-    return _cases(spec.mask, spec.score, spec.kv)
+    if spec.op is Op.DECODE:
+        return _cases(_MIXED, spec.kv, (1, 16, 24, 64, 4, 528))
+    return _cases(((spec.mask, spec.score),), spec.kv, PAGE_SIZES)
+
+
+# Every mask and score of a kernel that decides at run time. Five and the other cycles of a list have no common factor.
+_MIXED = (
+    (Mask.BAND, Score.PLAIN),
+    (Mask.PACKED, Score.PLAIN),
+    (Mask.BAND, Score.ALIBI),
+    (Mask.BAND, Score.SOFTCAP),
+    (Mask.PACKED, Score.SOFTCAP),
+)
 
 
 @cache
-def _cases(mask: Mask, score: Score, kv: KvLayout) -> tuple[Case, ...]:
+def _cases(features: tuple[tuple[Mask, Score], ...], kv: KvLayout, pages: tuple[int, ...]) -> tuple[Case, ...]:
     return tuple(
-        Case(id=i, **settings, **_features(settings, i, mask, score, kv)) for i, settings in enumerate(_settings())
+        Case(id=i, **settings, **_features(settings, i, *features[i % len(features)], kv, pages))
+        for i, settings in enumerate(_settings())
     )
 
 
-def _features(settings: dict[str, Any], i: int, mask: Mask, score: Score, kv: KvLayout) -> dict[str, Any]:
+def _features(
+    settings: dict[str, Any], i: int, mask: Mask, score: Score, kv: KvLayout, pages: tuple[int, ...]
+) -> dict[str, Any]:
     """What the kernel's features make of case ``i``; takes from ``settings`` what they exclude."""
     more: dict[str, Any] = {}
     if score is Score.SOFTCAP:
@@ -137,7 +152,7 @@ def _features(settings: dict[str, Any], i: int, mask: Mask, score: Score, kv: Kv
         large = settings["lens_q"][0] * settings["lens_k"][0] > 1 << 20
         more["mask_of"] = "all" if large else ("all", "heads", "batch", "both")[i % 4]
     if kv is KvLayout.PAGED:
-        more["page_size"] = PAGE_SIZES[i % len(PAGE_SIZES)]
+        more["page_size"] = pages[i % len(pages)]
         if settings.get("layout") == "packed":  # a pool of pages is no slice of a projection
             settings["layout"] = ("bshd", "bhsd", "sliced")[i % 3]
     return more

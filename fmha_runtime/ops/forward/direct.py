@@ -13,6 +13,7 @@ from ...kernels.tile import Tile
 from ...problem import arguments, tensors
 from ...problem.arguments import Extras, Shape
 from ...problem.packed_mask import PackedMask, pack
+from ..works import WORK
 from .binding import Binding
 from .plan import Plan
 
@@ -70,8 +71,9 @@ def run(
         causal=causal, window=window, scale=scale, softcap=softcap, attention_chunk=attention_chunk
     )
     dtype, score, family = tensors.dtype_of("q", q), arguments.score(opts, extras), arguments.mask(extras)
-    wanted = (dtype, shape.head_dim, shape.head_dim_v, family, score, shape.kv)
-    if wanted != (spec.dtype, spec.head_dim, spec.head_dim_v, spec.mask, spec.score, spec.kv):
+    wanted = (dtype, shape.head_dim, shape.head_dim_v, shape.kv)
+    own = (spec.dtype, spec.head_dim, spec.head_dim_v, spec.kv)
+    if wanted != own or not catalog.serves(spec, family, score):
         raise InputError(
             f"{spec.name} does not compute {dtype.value} with head dims {wanted[1]}x{wanted[2]}, {family.value} mask, "
             f"{score.value} scores, {shape.kv.value} K and V"
@@ -81,7 +83,7 @@ def run(
             f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; this call needs return_lse=True and a contiguous "
             f"torch.float32 {shape.lse} on {q.device}"
         )
-    binding = Binding(kernel, spec, tile or catalog.tile(spec), opts, shape.page_size)
+    binding = Binding(kernel, spec, tile or catalog.tile(spec), opts, shape.page_size, WORK.get(spec.op))
     plan = Plan(binding, shape, q, k, v, out, extras)
     return plan.launch(q, k, v, out, return_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, stream, extras, lse)
 

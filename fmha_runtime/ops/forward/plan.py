@@ -49,8 +49,8 @@ class Plan:
     __slots__ = (
         "__weakref__", "_argument", "_bare", "_block", "_current_device", "_current_stream", "_debug", "_device",
         "_empty", "_extras_key", "_guards_left", "_hopper", "_lengths", "_lse", "_mapped", "_memory", "_out", "_params",
-        "_queued", "_slots", "_start", "_torch", "_words", "binding", "emulated", "geometry", "grid", "guard", "key",
-        "shape",
+        "_queued", "_slots", "_start", "_torch", "_words", "_work", "binding", "emulated", "geometry", "grid", "guard",
+        "key", "shape",
     )  # fmt: skip
 
     def __init__(
@@ -76,7 +76,8 @@ class Plan:
             self._current_stream = torch._C._cuda_getCurrentRawStream
         self._block = block = binding.allocate()
         self._hopper = isinstance(block, FwdSm90Params)
-        self._params = block.tma.fwd if self._hopper else block
+        self._work = binding.work
+        self._params = block.tma.fwd if self._hopper else block if self._work is None else block.fwd
         at = ctypes.addressof(block)
         self._argument = (ctypes.c_void_p * 1)(at)
         self._slots = (at, at + tensor_map.MAP_BYTES, at + 2 * tensor_map.MAP_BYTES)
@@ -124,6 +125,8 @@ class Plan:
             self._one_cta_each(grid, min(grid, own.slots))  # CTAs that work through several tiles each
             if grid and 0 not in q.shape:
                 self._write_maps(q, k, v)
+        elif self._work is not None and grid:
+            self.grid = self._work.share(self._block, shape)
         else:
             self.grid = grid
 
@@ -382,9 +385,11 @@ class Plan:
             if self.emulated:
                 read = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, *extras.tensors)
                 own = self.binding
+                work = () if self._work is None else self._work.place_emulated(self._block)
                 launcher.launch(
-                    own.kernel, self.grid, own.tile.threads, own.smem, self._block, self._queued, read, (out, lse)
-                )
+                    own.kernel, self.grid, own.tile.threads, own.smem, self._block, self._queued, read, (out, lse),
+                    work,
+                )  # fmt: skip
             else:
                 try:
                     self._enqueue(stream)
@@ -396,6 +401,8 @@ class Plan:
     def _enqueue(self, stream: int) -> None:
         if self._queued:
             self._block.queue = tile_queue.word(self._device, stream)
+        elif self._work is not None:
+            room = self._work.place(self._block, stream)  # noqa: F841  # alive until the launch is enqueued
         self._start(self.grid, stream)
 
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: which kernels exist, their tiles, their struct."""
