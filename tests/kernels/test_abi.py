@@ -29,6 +29,7 @@ def compiled(tmp_path_factory):
         '#include "params_sm90.h"',
         '#include "params_decode.h"',
         '#include "pack/packer.cuh"',
+        '#include "append/appender.cuh"',
         "#include <stdio.h>",
         "int main() {",
     ]
