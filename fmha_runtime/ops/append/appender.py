@@ -41,7 +41,8 @@ def append_kv(
     Say where they go either by ``slot_mapping`` or by ``cache_seqlens``, the keys that each sequence has already.
 
     Args:
-        k: [T, Hk, D], or [B, S, Hk, D]. Any dtype and strides; what is not made of chunks of 16 bytes is copied by torch.
+        k: [T, Hk, D], or [B, S, Hk, D]. Any dtype and strides; what is not made of chunks of 16 bytes is copied by
+            torch.
         v: [T, Hk, Dv] or [B, S, Hk, Dv].
         k_cache: a pool [pages, page_size, Hk, D], or [B, room, Hk, D].
         v_cache: [pages, page_size, Hk, Dv] or [B, room, Hk, Dv].
