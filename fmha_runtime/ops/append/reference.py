@@ -67,7 +67,7 @@ def write(
     valid = (slots >= 0) & (slots < pages * page_size)
     # A token that goes nowhere repeats the first that goes somewhere: same place, same numbers, so that the order of
     # the writes does not matter. Where there is none, what is there is written back.
-    first = valid.view(torch.uint8).argmax()
+    first = valid.to(torch.uint8).argmax()
     pick = torch.where(valid, torch.arange(slots.shape[0], device=slots.device), first)
     some = valid.any()
     place = torch.where(some, slots[pick], 0)
