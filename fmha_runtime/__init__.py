@@ -16,6 +16,7 @@ _HOME = {
     "attention_varlen": "calls.api",
     "attention_with_kvcache": "calls.api",
     "alibi_slopes": "problem.alibi",
+    "append_kv": "ops.append.appender",
     "PackedMask": "problem.packed_mask",
     "pack_mask": "ops.pack.packer",
     "unpack_mask": "problem.packed_mask",
@@ -61,6 +62,7 @@ __all__ = [
     "UnsupportedProblem",
     "__version__",
     "alibi_slopes",
+    "append_kv",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
         UnsupportedProblem,
     )
     from .kernels.spec import Arch, DType, KernelSpec
+    from .ops.append.appender import append_kv
     from .ops.forward.plan import Plan
     from .ops.pack.packer import pack_mask
     from .problem.alibi import alibi_slopes

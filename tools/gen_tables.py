@@ -202,6 +202,7 @@ PARTS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/performance.md": {
         "overview": speed_tables.overview,
         "features": speed_tables.features,
+        "decode": speed_tables.decode,
         "host": host_time,
     },
     "docs/performance_cells.md": {

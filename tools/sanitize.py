@@ -36,6 +36,7 @@ from fmha_runtime.errors import FmhaError  # noqa: E402
 from fmha_runtime.kernels import catalog  # noqa: E402
 from fmha_runtime.kernels.spec import KernelSpec, Op  # noqa: E402
 from fmha_runtime.ops import obtain  # noqa: E402
+from fmha_runtime.ops.append import appender  # noqa: E402
 from fmha_runtime.ops.forward import direct  # noqa: E402
 from fmha_runtime.ops.pack import packer  # noqa: E402
 from fmha_runtime.verify import run as verifier  # noqa: E402
@@ -47,11 +48,16 @@ KERNELS = (
     "fmha_fwd_sm90a_bf16_d64_packed",
     "fmha_fwd_sm90a_fp16_d128",
     "fmha_pack_sm90_u8",
+    "fmha_decode_sm90_bf16_d64_paged_short",
+    "fmha_decode_sm90_bf16_d128",
+    "fmha_append_sm90_u8",
 )
 CASES = (47, 90, 107, 118, 128, 136)
 """Ids: several tiles each way, a window, varlen with empty sequences, keyless rows, large inputs, sinks, chunks."""
 PACK_CASES = (36, 37, 38, 39, 90, 93)
 """Of the mask packer: rows that begin anywhere, one allocation without a byte behind it, strides, varlen."""
+APPEND_CASES = (0, 5, 10, 15, 17)
+"""Of the kernel that fills caches: one of each way to say where."""
 FOUND = 97  # exit code that the sanitizer gives when it has findings; no worker ends with it
 MUTANT_SPEC = "fmha_fwd_sm90_bf16_d64"
 
@@ -128,7 +134,7 @@ def work(spec: KernelSpec, tool: str, mutant: bool, quick: bool) -> int:
         runner(q, k, k, return_lse=True)
         driver.synchronize(0)
     else:
-        wanted = PACK_CASES if spec.op is Op.PACK else CASES
+        wanted = {Op.PACK: PACK_CASES, Op.APPEND: APPEND_CASES}.get(spec.op, CASES)
         for case in verifier.cases(spec):
             if case.id in (wanted[:2] if quick else wanted):
                 # The reference on the CPU: beside its fp64 kernels on the same GPU racecheck (2025.3.1, case 90) ends
@@ -147,10 +153,12 @@ class Counting:
     def __init__(self, kernel: Any, spec: KernelSpec) -> None:
         self.kernel, self.spec, self.launches = kernel, spec, 0
 
-    def __call__(self, q: Any, k: Any, v: Any = None, **options: Any) -> Any:
+    def __call__(self, q: Any, k: Any, v: Any = None, *more: Any, **options: Any) -> Any:
         import torch
 
         self.launches += 1
+        if self.spec.op is Op.APPEND:
+            return appender.run(self.kernel, q, k, v, *more)
         if self.spec.op is Op.PACK:
             return packer.run(self.kernel, q, k, **options)
         exact = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))

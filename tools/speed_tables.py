@@ -234,6 +234,33 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else mark(value, 1.0)
 
 
+def decode(root: Path) -> str:
+    """One row a cell of the newest record of the decode grid: microseconds, ours over the best other, GB a second."""
+    wanted = [cell.key for cell in bench_cells.decode()]
+    found = latest(root, wanted)
+    if found is None:
+        return NONE_YET.format("decode")
+    path, record = found
+    here = present(record)
+    rows = [["cell", "ours", *(LABELS[name] for name in here), "ours over the best", "GB/s"]]
+    ratios = []
+    for case in record.cases:
+        times = {name: getattr(record.timing(case, name), "median_us", None) for name in (OURS, *here)}
+        others = [time for name, time in times.items() if time and name != OURS]
+        ratio = min(others) / times[OURS] if others and times[OURS] else None
+        ratios += [ratio] if ratio else []
+        size = record.meta["bytes"].get(case)
+        rate = f"{size / times[OURS] / 1e3:.0f}" if size and times[OURS] else "-"
+        texts = ("-" if time is None else f"{time:.1f}" for time in times.values())
+        rows.append([case, *texts, "-" if ratio is None else f"{ratio:.2f}", rate])
+    mean = statistics.geometric_mean(ratios) if ratios else 0
+    text = (
+        f"Microseconds. Over the {len(ratios)} cells that another ran: geometric mean {mean:.3f}, lowest "
+        f"{min(ratios, default=0):.2f}. From [{path.stem}](bench/{path.name}), {circumstances(record)}."
+    )
+    return f"{markdown(rows)}\n\n{text}"
+
+
 def benchmarks(root: Path) -> list[tuple[Path, BenchRecord]]:
     """Every record of a benchmark that is there."""
     files = sorted((root / "docs" / "bench").glob("*.json"))

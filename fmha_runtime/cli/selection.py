@@ -92,7 +92,7 @@ class Selection:
             if allowed:
                 tests.append(lambda spec, a=axis, v=allowed: getattr(spec, a) in v)  # type: ignore[misc]
         if self.mask or self.score or self.kv:  # of attention; a packer has neither
-            tests.append(lambda spec: spec.op is not Op.PACK)
+            tests.append(lambda spec: spec.op not in (Op.PACK, Op.APPEND))
         return tests
 
 
@@ -172,8 +172,8 @@ def problem(words: Sequence[str], arch: Arch) -> Problem:
             asked["window"] = _window(value)
         else:
             raise InputError(f"{word!r} is not understood; {_FORM}")
-    if asked.get("op") is Op.PACK:
-        return Problem(arch, DType.U8, 0, 0, Op.PACK)
+    if asked.get("op") in (Op.PACK, Op.APPEND):
+        return Problem(arch, DType.U8, 0, 0, asked["op"])
     missing = [word for word, name in (("d", "head_dim"), ("dtype", "dtype")) if name not in asked]
     if missing:
         raise InputError(f"{' and '.join(f'{word}=' for word in missing)} is missing; {_FORM}")

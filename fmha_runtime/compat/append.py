@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lengths of a cache and new keys and values into it, in torch: tokens without a place in the cache go nowhere."""
+"""Lengths of a cache, and new keys and values into it: tokens without a place in the cache go nowhere."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..ops.append.appender import append_kv
 from . import shared
 
 if TYPE_CHECKING:
@@ -93,23 +94,12 @@ def write(
     """``cache[row, place] = new`` for K and V where ``valid``; None: everywhere. Nothing waits for the device.
 
     Args:
-        new: [..., Hk, D] with the leading axes of ``row`` and ``place``, which must name places of the cache even where
-            they are not valid.
+        new: [..., Hk, D] with the leading axes of ``row`` and ``place``.
     """
     import torch
 
-    if valid is None:
-        for cache, x in zip(caches, new, strict=True):
-            cache[row, place] = x
-        return
-    if valid.numel() == 0:
-        return
-    # A token that goes nowhere repeats the first that goes somewhere: same place, same numbers, so that the order of
-    # the writes does not matter. Where there is none, what is there is written back.
-    row, place, valid = (x.flatten() for x in torch.broadcast_tensors(row, place, valid))
-    first = valid.view(torch.uint8).argmax()
-    pick = torch.where(valid, torch.arange(valid.shape[0], device=valid.device), first)
-    row, place, any_valid = row[pick], place[pick], valid.any()
-    for cache, x in zip(caches, new, strict=True):
-        x = x.flatten(0, -3)[pick]
-        cache[row, place] = torch.where(any_valid, x, cache[row, place])
+    slots = row * caches[0].shape[1] + place
+    if valid is not None:
+        slots = torch.where(valid, slots, -1)
+    slots = slots.broadcast_to(new[0].shape[:-2]).flatten().contiguous()
+    append_kv(new[0].flatten(0, -3), new[1].flatten(0, -3), *caches, slot_mapping=slots)

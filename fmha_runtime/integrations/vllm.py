@@ -347,20 +347,12 @@ def store(
     Slot s is token ``s % block_size`` of block ``s // block_size``; tokens with slot -1 go nowhere. ``key`` may have
     more rows than there are slots. Nothing waits for the device, so it may be captured in a graph.
     """
-    import torch
+    from ..ops.append.appender import append_kv
 
     count = min(slots.shape[0], key.shape[0])
-    if count == 0:
-        return
-    slots = slots[:count].long()
-    valid = slots >= 0
-    # A row that goes nowhere repeats the first one that goes somewhere: same place, same numbers. Where there is
-    # none, what is there is written back.
-    rows = torch.where(valid, torch.arange(count, device=slots.device), valid.int().argmax())
-    slots = slots[rows].clamp(min=0)
-    place = (torch.div(slots, keys.shape[1], rounding_mode="floor"), slots % keys.shape[1])
-    for new, pool in ((key, keys), (value, values)):
-        pool[place] = torch.where(valid.any(), new[rows].to(pool.dtype), pool[place])
+    if count:
+        key, value = (new[:count].to(pool.dtype) for new, pool in ((key, keys), (value, values)))
+        append_kv(key, value, keys, values, slot_mapping=slots[:count].long().contiguous())
 
 
 @functools.cache

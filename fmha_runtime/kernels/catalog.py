@@ -14,6 +14,7 @@ from functools import cache
 from typing import Protocol
 
 from ..errors import InputError, UnsupportedProblem
+from .append import family as append
 from .decode import family as decode
 from .forward import family as forward
 from .pack import family as pack
@@ -41,7 +42,12 @@ class Family(Protocol):
 
 ANY_SPILLS = 1 << 30
 
-FAMILIES: dict[Op, Family] = {Op.FWD: forward, Op.DECODE: decode, Op.PACK: pack}
+FAMILIES: dict[Op, Family] = {
+    Op.FWD: forward,
+    Op.DECODE: decode,
+    Op.PACK: pack.FAMILY,
+    Op.APPEND: append.FAMILY,
+}
 
 
 @cache

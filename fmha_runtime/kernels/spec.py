@@ -2,7 +2,7 @@
 """Which kernel: a frozen value that is a pure function of its name, and the reverse.
 
 ``fmha op arch dtype dHEAD[xV] [packed] [alibi|softcap] [paged] [short]`` joined by underscores is the entry point, the
-file stem, the table key and what a profiler shows. Kernels that pack masks have no head dim: ``fmha_pack_sm90_u8``.
+file stem, the table key and what a profiler shows. Kernels that move bytes have no head dim: ``fmha_pack_sm90_u8``.
 Tile numbers are not in it: see catalog.py.
 """
 
@@ -21,6 +21,7 @@ class Op(str, Enum):
     FWD = "fwd"
     DECODE = "decode"  # attention of few queries on many keys
     PACK = "pack"  # packs masks (packed_mask.py)
+    APPEND = "append"  # copies new keys and values into a cache
 
 
 class Arch(str, Enum):
@@ -135,7 +136,7 @@ class KernelSpec:
     def name(self) -> str:
         """The kernel's name; ``KernelSpec.parse`` is its inverse."""
         words = ["fmha", self.op.value, self.arch.value, self.dtype.value]
-        if self.op is Op.PACK:
+        if self.op in (Op.PACK, Op.APPEND):
             return "_".join(words)
         words.append(f"d{self.head_dim}" + ("" if self.head_dim_v == self.head_dim else f"x{self.head_dim_v}"))
         words += [self.mask.value] if self.mask is not Mask.BAND else []

@@ -50,8 +50,9 @@ class Problem:
     window: tuple[int | None, int | None] = (None, None)
 
     def __str__(self) -> str:
-        if self.op is Op.PACK:
-            return f"{self.op.value} a mask of {self.dtype.value} on {self.arch.value}"
+        if self.op in (Op.PACK, Op.APPEND):
+            what = "a mask" if self.op is Op.PACK else "keys and values"
+            return f"{self.op.value} {what} of {self.dtype.value} on {self.arch.value}"
         keys = "any" if self.seqlen_k is None else self.seqlen_k
         dims = f"{self.head_dim}" + (f"x{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         words = [

@@ -22,11 +22,13 @@ from .. import records
 from ..errors import InputError, ToolchainError
 from ..kernels import ledger, sources
 from ..kernels.spec import KernelSpec, Op
+from ..ops.append import cases as append_cases
+from ..ops.append.cases import AppendCase
 from ..ops.forward import cases as verify_cases
 from ..ops.forward import check as verify_check
 from ..ops.forward.cases import EMULATOR_BUDGET, Case
 from ..ops.forward.check import CaseResult, Runner
-from ..ops.pack import cases as verify_pack
+from ..ops.pack import cases as pack_cases
 from ..ops.pack.cases import PackCase
 
 if TYPE_CHECKING:
@@ -86,8 +88,8 @@ class Report:
         word = "ok  " if self.ok else "FAIL"
         text = f"{word}  {self.spec.name}  {len(self.passed)} of {len(self.results)} cases"
         text += f" ({len(self.skipped)} skipped)" if self.skipped else ""
-        if self.spec.op is Op.PACK:
-            text += f"  {sum(r.max_error for r in self.failed):.0f} wrong words"
+        if self.spec.op in _EXACT:
+            text += f"  {sum(r.max_error for r in self.failed):.0f} wrong {_EXACT[self.spec.op]}"
         elif self.worst is not None:
             text += f"  max err {self.worst.max_error:.1e} (allowed {self.worst.allowed:.1e})"
             text += f"  rel L2 {self.worst_rel_l2:.2e}"
@@ -102,26 +104,39 @@ class Report:
             yield f"      skipped {len(ids)}: {reason} (cases {' '.join(ids)})"
 
 
-def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...]:
+_EXACT = {Op.PACK: "words", Op.APPEND: "elements"}
+"""Ops whose results are right or wrong, and what is counted."""
+
+
+def cases(spec: KernelSpec) -> tuple[Case, ...] | tuple[PackCase, ...] | tuple[AppendCase, ...]:
     """Every case of a kernel, ``cases(spec)[i].id == i``.
 
     Raises:
         InputError: none are written for this kind of kernel.
     """
-    return verify_pack.cases() if spec.op is Op.PACK else verify_cases.cases(spec)
+    if spec.op is Op.PACK:
+        return pack_cases.cases()
+    return append_cases.cases() if spec.op is Op.APPEND else verify_cases.cases(spec)
 
 
 def suite(spec: KernelSpec) -> str:
     """What a kernel is held to, as SHA-256 (hex): its cases and the limits of the checks. Part of a record, so that
     another case or a looser limit is seen. EDITION of forward/check.py says what a change of the checks means.
     """
-    limits = verify_pack.limits() if spec.op is Op.PACK else verify_check.limits(spec.dtype)
+    if spec.op is Op.PACK:
+        limits: dict[str, Any] = pack_cases.limits()
+    else:
+        limits = append_cases.limits() if spec.op is Op.APPEND else verify_check.limits(spec.dtype)
     text = json.dumps([limits, [asdict(case) for case in cases(spec)]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_case(
-    spec: KernelSpec, case: Case | PackCase, device: str, runner: Runner, reference_device: str | None = None
+    spec: KernelSpec,
+    case: Case | PackCase | AppendCase,
+    device: str,
+    runner: Runner,
+    reference_device: str | None = None,
 ) -> CaseResult:
     """Run one case with tensors on a torch device and apply every check.
 
@@ -129,7 +144,9 @@ def check_case(
     computed on the CPU wherever the mask is.
     """
     if isinstance(case, PackCase):
-        return verify_pack.check_case(spec, case, device, runner)
+        return pack_cases.check_case(spec, case, device, runner)
+    if isinstance(case, AppendCase):
+        return append_cases.check_case(spec, case, device, runner)
     return verify_check.check_case(spec, case, device, runner, reference_device)
 
 
@@ -291,6 +308,10 @@ def _launcher(image: Image, device: str) -> Runner:
         from ..ops.pack import packer
 
         return partial(packer.run, kernel)
+    if image.spec.op is Op.APPEND:
+        from ..ops.append import appender
+
+        return partial(appender.run, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return direct.run(kernel, image.spec, q, k, v, **options)

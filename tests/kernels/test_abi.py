@@ -11,13 +11,14 @@ import pytest
 from fmha_runtime import config
 from fmha_runtime.errors import ArtifactError
 from fmha_runtime.kernels import catalog, manifest, sources
+from fmha_runtime.kernels.append.params import AppendParams, ByteStrides
 from fmha_runtime.kernels.decode.params import DecodeParams
 from fmha_runtime.kernels.forward import params
 from fmha_runtime.kernels.pack.params import PackMaskParams
 from fmha_runtime.toolchain import nvcc
 
 PADDED = (params.TensorMap, params.FwdTmaParams, params.FwdSm90Params, DecodeParams)
-STRUCTS = (params.Strides, params.FwdParams, PackMaskParams)
+STRUCTS = (params.Strides, params.FwdParams, PackMaskParams, ByteStrides, AppendParams)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def compiled(tmp_path_factory):
         '#include "params_sm90.h"',
         '#include "params_decode.h"',
         '#include "pack/packer.cuh"',
+        '#include "append/appender.cuh"',
         "#include <stdio.h>",
         "int main() {",
     ]
