@@ -13,8 +13,9 @@ import threading
 from . import driver
 
 WORDS = 1 << 20
-"""Of a device. A launch of decode kernels takes four for each of its CTAs: about a thousand."""
-_PER_THREAD_STREAM = 2
+"""Of a device. Decode kernels take four for each CTA, about a thousand, for a stream or a capture; Hopper's others take
+one for a stream or a captured launch."""
+PER_THREAD_STREAM = 2
 
 _left: dict[int, tuple[int, int]] = {}  # device -> (next address, end)
 _given: dict[tuple[int, int, int, int], int] = {}
@@ -45,6 +46,16 @@ def prepare(device: int) -> None:
                 _left[device] = (address, address + 4 * WORDS)
 
 
+def take(device: int, count: int) -> int | None:
+    """Address of ``count`` words that nobody else has; None: all are given out."""
+    with _lock:
+        address, end = _left[device]
+        if address + 4 * count > end:
+            return None
+        _left[device] = (address + 4 * count, end)
+        return address
+
+
 def words(device: int, stream: int, count: int) -> int | None:
     """Address of ``count`` zeros for a launch on this stream.
 
@@ -52,14 +63,10 @@ def words(device: int, stream: int, count: int) -> int | None:
         None where none can be had: on the per-thread default stream, whose one handle means a stream a thread, and when
         all are given out. The caller then brings zeros of its own.
     """
-    capture = driver.capture_id(stream)
-    found = _given.get((device, stream, capture, count))
-    if found is not None or stream == _PER_THREAD_STREAM:
-        return found
-    with _lock:
-        address, end = _left[device]
-        if address + 4 * count > end:
-            return None
-        _left[device] = (address + 4 * count, end)
-        _given[device, stream, capture, count] = address
-        return address
+    key = (device, stream, driver.capture_id(stream), count)
+    found = _given.get(key)
+    if found is None and stream != PER_THREAD_STREAM:
+        found = take(device, count)
+        if found is not None:
+            found = _given.setdefault(key, found)
+    return found

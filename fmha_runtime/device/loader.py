@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..kernels import catalog
 from ..kernels.spec import Arch, KernelSpec
 from ..kernels.tile import Tile
-from . import driver, emulator, tile_queue
+from . import counters, driver, emulator
 
 Kernel = Any
 """driver.Kernel or emulator.Kernel: the same interface, no common base needed."""
@@ -51,7 +51,7 @@ def load(image: Image, device: int = 0, stream: int = 0) -> Kernel:
     smem = catalog.smem_bytes(image.spec, image.tile)
     size = ctypes.sizeof(catalog.block(image.spec))
     kernel = driver.load(image.content, image.spec.name, device, smem, size, stream)
-    tile_queue.prepare(device)
+    counters.prepare(device)
     return kernel
 
 

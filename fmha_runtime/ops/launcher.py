@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan does on the emulator: outputs full of NaN, and launches that know which memory may be touched."""
+"""Launches without a plan, and what a plan does on the emulator: outputs full of NaN, and launches that know which
+memory may be touched."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import ctypes
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..device import emulator
-from ..errors import EmulatorFault
+from ..device import driver, emulator, loader
+from ..errors import DriverError, EmulatorFault
 from ..problem import tensors
 
 if TYPE_CHECKING:
@@ -66,3 +67,34 @@ def launch(
     if work and work[-1].any():
         left = int(work[-1].count_nonzero())
         raise EmulatorFault(f"kernel {kernel.name} left {left} counters at other numbers than 0")
+
+
+def once(
+    kernel: loader.Kernel,
+    grid: int,
+    threads: int,
+    smem: int,
+    block: Any,
+    read: Iterable[torch.Tensor | None],
+    written: Iterable[torch.Tensor | None],
+) -> None:
+    """Launches a kernel that needs no plan: on the current stream of its GPU, or to its end on the emulator. Arguments
+    as for ``launch``.
+
+    Raises:
+        DriverError: the driver refuses.
+        EmulatorFault: the kernel did what it must not.
+    """
+    if isinstance(kernel, emulator.Kernel):
+        launch(kernel, grid, threads, smem, block, False, read, written)
+        return
+    import torch
+
+    argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+    with torch.cuda.device(kernel.device):
+        stream = torch._C._cuda_getCurrentRawStream(kernel.device)
+        try:
+            kernel.launch(grid, threads, smem, stream, ctypes.addressof(argument))
+        except DriverError as error:
+            driver.bind_after(error, kernel.device)
+            kernel.launch(grid, threads, smem, stream, ctypes.addressof(argument))

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from ..errors import DriverError, EmulatorFault
 
 
 class Case(Protocol):
@@ -61,3 +65,14 @@ class CaseResult:
         if self.allowed == 0:
             return 0.0 if self.max_error == 0 else math.inf
         return self.max_error / self.allowed
+
+
+def checked(case: Case, check: Callable[[], tuple[list[Failure], float]]) -> CaseResult:
+    """What the check of a kernel that moves bytes showed: its failures, and how many elements are wrong."""
+    begin = time.perf_counter()
+    try:
+        failures, wrong = check()
+    except (EmulatorFault, DriverError, RuntimeError) as error:
+        failures, wrong = [Failure("fault", f"{type(error).__name__}: {error}")], math.inf
+    seconds = time.perf_counter() - begin
+    return CaseResult(case, "FAIL" if failures else "ok", "", tuple(failures), wrong, 0.0, seconds=seconds)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fmha_runtime.device import driver, elf, tile_queue
+from fmha_runtime.device import counters, driver, elf, tile_queue
 from fmha_runtime.errors import ArtifactError, DriverError
 
 
@@ -127,12 +127,12 @@ class Memory:
         monkeypatch.setattr(driver, "_device", lambda index: index)
         monkeypatch.setattr(driver, "current", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(driver, "_kernels", {})
-        for table in ("_queues", "_stream_words"):
-            monkeypatch.setattr(tile_queue, table, {})
+        monkeypatch.setattr(tile_queue, "_stream_words", {})
+        monkeypatch.setattr(counters, "_left", {})
 
     def load(self, name="k", stream=0):
         kernel = driver.load(b".version 8", name, 0, 1000, 320, stream)
-        tile_queue.prepare(0)
+        counters.prepare(0)
         return kernel
 
 
@@ -161,7 +161,7 @@ def test_a_word_is_kept_by_none_that_met_its_stream_in_a_capture(monkeypatch):
 
 def test_no_word_where_none_is_safe(monkeypatch):
     memory = Memory(monkeypatch)
-    monkeypatch.setattr(tile_queue, "WORDS", 2)
+    monkeypatch.setattr(counters, "WORDS", 2)
     memory.load()
     assert tile_queue.word(0, 2) is None, "the per-thread default stream means a stream a thread"
     words = [tile_queue.word(0, stream) for stream in (10, 11, 12)]

@@ -11,7 +11,7 @@ import torch
 
 import fmha_runtime
 from fmha_runtime.calls import api
-from fmha_runtime.device import driver, tile_queue
+from fmha_runtime.device import counters, driver
 from fmha_runtime.errors import BuildError, InputError, UnsupportedProblem
 from fmha_runtime.kernels import catalog, forced_tile, store
 from fmha_runtime.kernels.spec import Arch, DType, KernelSpec, Mask
@@ -164,7 +164,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the driver was given: image, name, device, bytes of shared memory, bytes of parameters, stream."""
     given: list[tuple[Any, ...]] = []
     monkeypatch.setattr(driver, "load", lambda *arguments: given.append(arguments))
-    monkeypatch.setattr(tile_queue, "prepare", lambda device: None)
+    monkeypatch.setattr(counters, "prepare", lambda device: None)
     return given
 
 

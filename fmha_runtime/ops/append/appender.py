@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
-from ...device import driver, emulator, loader
-from ...errors import DriverError, InputError, UnsupportedProblem
+from ...device import driver, loader
+from ...errors import InputError, UnsupportedProblem
 from ...kernels import catalog
 from ...kernels.append import family
 from ...kernels.append.params import AppendParams, ByteStrides
 from ...kernels.spec import Arch
-from ...problem import kinds, tensors
-from .. import obtain
+from ...problem import kinds
+from .. import launcher, obtain
 from . import reference
 
 if TYPE_CHECKING:
@@ -223,20 +222,5 @@ def run(
         page_size, page_size * (1 if table is None else table.shape[1]), 0,
     )  # fmt: skip
     tile = catalog.tile(family.spec(Arch.SM80))
-    grid = -(-tokens // tile.warps)
-    if isinstance(kernel, emulator.Kernel):
-        read = [t for t in (k, v, slots, lengths, table, cu_seqlens) if t is not None]
-        buffers = [(t.data_ptr(), tensors.extent_bytes(t), False) for t in read]
-        buffers += [(t.data_ptr(), tensors.extent_bytes(t), True) for t in (k_cache, v_cache)]
-        kernel.launch(grid, tile.threads, 0, 0, ctypes.addressof(block), buffers)
-        return
-    import torch
-
-    argument = (ctypes.c_void_p * 1)(ctypes.addressof(block))
-    with torch.cuda.device(kernel.device):
-        stream = torch._C._cuda_getCurrentRawStream(kernel.device)
-        try:
-            kernel.launch(grid, tile.threads, 0, stream, ctypes.addressof(argument))
-        except DriverError as error:
-            driver.bind_after(error, kernel.device)
-            kernel.launch(grid, tile.threads, 0, stream, ctypes.addressof(argument))
+    read = (k, v, slots, lengths, table, cu_seqlens)
+    launcher.once(kernel, -(-tokens // tile.warps), tile.threads, 0, block, read, (k_cache, v_cache))

@@ -46,8 +46,6 @@ class DecodeWork:
         self.device, self.empty = binding.device, binding.empty
         self.ctas = EMULATED_CTAS if binding.emulated else binding.slots
         self.least = 1 if binding.emulated else -(-LEAST_KEYS // tile.block_n)
-        if not binding.emulated:
-            counters.prepare(self.device)
 
     def share(self, block: DecodeParams, shape: Shape) -> int:
         """The grid for calls of these sizes; writes what the kernel is told of it.

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DriverError, EmulatorFault
 from ...kernels.spec import KernelSpec
 from ...problem import packed_mask
 from ...problem.packed_mask import PackedMask
-from ..suite import CaseResult, Failure
+from ..suite import CaseResult, Failure, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,14 +139,7 @@ def _place(mask: Tensor, layout: str) -> Tensor:
 
 def check_case(spec: KernelSpec, case: PackCase, device: str, runner: PackRunner) -> CaseResult:
     """Run one case with tensors on a torch device and apply every check. Errors are counted in words."""
-    begin = time.perf_counter()
-    wrong = 0.0
-    try:
-        failures, wrong = _check(spec, case, device, runner)
-    except (EmulatorFault, DriverError, RuntimeError) as error:
-        failures, wrong = [Failure("fault", f"{type(error).__name__}: {error}")], math.inf
-    seconds = time.perf_counter() - begin
-    return CaseResult(case, "FAIL" if failures else "ok", "", tuple(failures), wrong, 0.0, seconds=seconds)
+    return checked(case, lambda: _check(spec, case, device, runner))
 
 
 def _check(spec: KernelSpec, case: PackCase, device: str, runner: PackRunner) -> tuple[list[Failure], float]:

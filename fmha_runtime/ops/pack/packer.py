@@ -7,21 +7,20 @@ are compared with 0 by torch first.
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...device import driver, emulator, loader
-from ...errors import DriverError, InputError, UnsupportedProblem
+from ...device import driver, loader
+from ...errors import InputError, UnsupportedProblem
 from ...kernels import catalog
 from ...kernels.pack import family as pack_family
 from ...kernels.pack import params
 from ...kernels.spec import Arch, DType, KernelSpec, Op
 from ...kernels.tile import Tile
-from ...problem import arrays, dispatch, packed_mask, tensors
+from ...problem import arrays, dispatch, packed_mask
 from ...problem.dispatch import Problem
 from ...problem.packed_mask import BLOCK, PackedMask
-from .. import obtain
+from .. import launcher, obtain
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +141,10 @@ def run(
             None if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
             *mask.stride(), heads, rows, cols, sequences or 0, row_blocks, col_blocks,
         )  # fmt: skip
-        _launch(kernel, grid, tile or catalog.tile(pack_family.spec(Arch.SM80)), p, (mask, cu_seqlens_q), (words, seen))
+        spec = pack_family.spec(Arch.SM80)
+        cut = tile or catalog.tile(spec)
+        smem = catalog.smem_bytes(spec, cut)
+        launcher.once(kernel, grid, cut.threads, smem, p, (mask, cu_seqlens_q), (words, seen))
     return PackedMask(words, seen, rows, cols, sequences)
 
 
@@ -152,30 +154,3 @@ def _as_bytes(mask: torch.Tensor) -> torch.Tensor:
     if mask.element_size() != 1 or mask.dtype.is_floating_point:
         mask = packed_mask.attended(mask)
     return mask.view(torch.uint8)
-
-
-def _launch(
-    kernel: loader.Kernel,
-    grid: int,
-    tile: Tile,
-    p: params.PackMaskParams,
-    inputs: tuple[torch.Tensor | None, ...],
-    outputs: tuple[torch.Tensor, ...],
-) -> None:
-    import torch
-
-    smem = catalog.smem_bytes(pack_family.spec(Arch.SM80), tile)
-    block = ctypes.addressof(p)
-    if isinstance(kernel, emulator.Kernel):
-        given = [(t, False) for t in inputs if t is not None] + [(t, True) for t in outputs]
-        buffers = [(t.data_ptr(), tensors.extent_bytes(t), writable) for t, writable in given]
-        kernel.launch(grid, tile.threads, smem, 0, block, buffers)
-        return
-    argument = (ctypes.c_void_p * 1)(block)
-    with torch.cuda.device(kernel.device):
-        stream = torch._C._cuda_getCurrentRawStream(kernel.device)
-        try:
-            kernel.launch(grid, tile.threads, smem, stream, ctypes.addressof(argument))
-        except DriverError as error:
-            driver.bind_after(error, kernel.device)
-            kernel.launch(grid, tile.threads, smem, stream, ctypes.addressof(argument))
