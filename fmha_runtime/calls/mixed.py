@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def run(
     call: Callable[..., Any], num_decodes: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    lengths: torch.Tensor | int, table: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None, out: torch.Tensor | None,
-    return_lse: bool, slopes: torch.Tensor | None, mask: Any, options: dict[str, Any],
+    lengths: torch.Tensor | int, table: torch.Tensor | None, cu_seqlens_q: torch.Tensor | None,
+    out: torch.Tensor | None, return_lse: bool, slopes: torch.Tensor | None, mask: Any, options: dict[str, Any],
 ) -> Any:  # fmt: skip
     """``attention_with_kvcache`` of a mixed batch.
 
