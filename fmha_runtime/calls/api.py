@@ -29,7 +29,7 @@ from ..problem import arguments, arrays, dispatch, kinds
 from ..problem.arguments import Extras
 from ..problem.dispatch import Problem, Trace
 from ..problem.packed_mask import PackedMask
-from . import route
+from . import mixed, route
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +166,7 @@ def attention_with_kvcache(
     page_table: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
+    num_decodes: int = 0,
     causal: bool = False,
     window: Window = None,
     scale: float | None = None,
@@ -193,6 +194,8 @@ def attention_with_kvcache(
         page_table: [B, P] int32: token j of sequence b lies in page page_table[b, j // page_size]. Entries past a
             sequence's length are never read as pages and may be anything.
         cu_seqlens_q: [B + 1] int32 for queries of different lengths, with max_seqlen_q as in ``attention_varlen``.
+        num_decodes: with cu_seqlens_q, how many sequences at the front have one query each, as engines sort a batch
+            that prefills and decodes at once: each part then runs on the kernel that is fastest for it.
         mask: as in ``attention``, or with cu_seqlens_q as in ``attention_varlen``; column j is token j of the cache.
 
     The other arguments are those of ``attention``.
@@ -218,6 +221,16 @@ def attention_with_kvcache(
         cache_seqlens = torch.full((batch,), int(cache_seqlens), dtype=torch.int32, device=device_q)
     if cache_seqlens is None:
         raise InputError("cache_seqlens is None; int32 [batch] or an int is needed: keys in the cache")
+    if num_decodes:
+        return mixed.run(
+            attention_with_kvcache, num_decodes, q, k_cache, v_cache, cache_seqlens, page_table, cu_seqlens_q, out,
+            return_lse, alibi_slopes, mask,
+            {
+                "max_seqlen_q": max_seqlen_q, "causal": causal, "window": window, "scale": scale, "softcap": softcap,
+                "sinks": sinks, "attention_chunk": attention_chunk, "device": device, "stream": stream,
+                "fallback": fallback,
+            },
+        )  # fmt: skip
     return route.run(
         q, k_cache, v_cache, cu_seqlens_q, None, max_seqlen_q, None, causal, window, scale, softcap, attention_chunk,
         alibi_slopes, sinks, page_table, mask, cache_seqlens, out, return_lse, device, stream, fallback, True,

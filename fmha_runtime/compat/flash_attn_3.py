@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
+from ..ops.combine.merge import merge
 from . import kvcache, shared, varlen
 
 if TYPE_CHECKING:
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     Window = tuple[int | None, int | None] | None
 
 FUNCTIONS = (
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
 )
 
 
@@ -190,3 +194,84 @@ def flash_attn_with_kvcache(
         rotary_interleaved=rotary_interleaved, further=further, lse=return_softmax_lse, version=3,
     )  # fmt: skip
     return (out, lse, out.new_empty(0), out.new_empty(0)) if return_softmax_lse else out
+
+
+def flash_attn_combine(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all keys from attention over parts of them.
+
+    Args:
+        out_partial: [parts, B, S, H, D], or [parts, T, H, D].
+        lse_partial: [parts, B, S, H] or [parts, T, H], natural log.
+        out: [B, S, H, D] to write; None: a new tensor of ``out_dtype``, or of the dtype of the parts.
+
+    Returns:
+        (out, lse fp32 [B, S, H]).
+
+    Raises:
+        InputError: shapes that do not fit each other, or an ``out`` that does not fit them.
+    """
+    import torch
+
+    if out_partial.ndim not in (4, 5) or lse_partial.shape != out_partial.shape[:-1] or out_partial.shape[0] == 0:
+        raise InputError(
+            f"out_partial is {tuple(out_partial.shape)} and lse_partial {tuple(lse_partial.shape)}; [parts, B, S, H, "
+            "D] and [parts, B, S, H] are needed, or [parts, T, H, D] and [parts, T, H], with one part at least"
+        )
+    dtype = out_dtype or (out_partial.dtype if out is None else out.dtype)
+    if out is not None and (out.shape != out_partial.shape[1:] or out.dtype is not dtype):
+        raise InputError(f"out is {out.dtype} {tuple(out.shape)}; {dtype} {tuple(out_partial.shape[1:])} is needed")
+    parts = list(out_partial.float().unbind(0))
+    merged, lse = merge(parts, [x.transpose(-1, -2) for x in lse_partial.float().unbind(0)])
+    result = torch.empty_like(merged, dtype=dtype) if out is None else out
+    result.copy_(merged)
+    return result, lse.transpose(-1, -2)
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: torch.Tensor,
+    qkv_dtype: torch.dtype | None = None,
+    headdim_v: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> torch.Tensor:
+    """What ``flash_attn_with_kvcache`` takes as ``scheduler_metadata``: nothing, since the kernels here share out the
+    keys by the lengths that they find on the device.
+
+    Returns:
+        an empty int32 tensor on the device of ``cache_seqlens``.
+
+    Raises:
+        InputError: ``cache_seqlens`` is not int32 [batch_size], or ``num_splits`` is negative.
+        UnsupportedProblem: an ``sm_margin``.
+    """
+    from .append import check_index
+
+    check_index("cache_seqlens", cache_seqlens, (batch_size,), cache_seqlens.device)
+    if num_splits < 0:
+        raise InputError(f"num_splits is {num_splits}; an int >= 0 is needed, 0 = as the kernel sees fit")
+    shared.options(
+        "get_scheduler_metadata", cache_seqlens, {"sm_margin": sm_margin}, softmax_scale=None, causal=causal,
+        window_size=window_size, softcap=0.0,
+    )  # fmt: skip
+    return cache_seqlens.new_empty(0)

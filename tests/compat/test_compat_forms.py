@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from helpers.flash import BF16, CPU_AND_GPU, INT, batched, close, ints, pool, split, tensors  # noqa: E402
 
+from fmha_runtime import attention  # noqa: E402
 from fmha_runtime.compat import flash_attn as fa  # noqa: E402
 from fmha_runtime.compat import flash_attn_3 as fa3  # noqa: E402
 from fmha_runtime.errors import FmhaError, InputError, UnsupportedProblem  # noqa: E402
@@ -266,3 +267,36 @@ def test_lengths_may_be_tensors_and_numbers_of_numpy():
         assert torch.equal(fa.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest), want)
     with pytest.raises(InputError, match=r"max_seqlen_q is 19\.5"):
         fa.flash_attn_varlen_func(q, k, v, cu, cu, 19.5, 19)
+
+
+def test_parts_of_version_3_are_combined():
+    q, k, v = (torch.randn(2, n, 4, 64).bfloat16() for n in (5, 60, 60))
+    whole, lse = attention(q, k, v, return_lse=True)
+    parts = [attention(q, k[:, i : i + 20], v[:, i : i + 20], return_lse=True) for i in (0, 20, 40)]
+    outs, lses = torch.stack([out.float() for out, _ in parts]), torch.stack([x.transpose(1, 2) for _, x in parts])
+    out, found = fa3.flash_attn_combine(outs, lses, out_dtype=torch.bfloat16)
+    assert out.dtype is torch.bfloat16 and found.shape == (2, 5, 4)
+    assert (out.float() - whole.float()).norm() < 1e-2 * whole.float().norm()
+    assert (found.transpose(1, 2) - lse).abs().max() < 1e-3
+    own = torch.empty(10, 4, 64)
+    got, _ = fa3.flash_attn_combine(outs.flatten(1, 2), lses.flatten(1, 2), own)
+    assert got is own and (own.view(2, 5, 4, 64) - whole.float()).norm() < 1e-2 * whole.float().norm()
+    for bad in ((outs[0, 0], lses), (outs, lses[:2]), (outs[:0], lses[:0])):
+        with pytest.raises(InputError, match="are needed"):
+            fa3.flash_attn_combine(*bad)
+    with pytest.raises(InputError, match=r"out is torch\.float32"):
+        fa3.flash_attn_combine(outs, lses, torch.empty(3))
+
+
+def test_metadata_of_version_3():
+    lengths = torch.tensor([60, 3], dtype=torch.int32)
+    made = fa3.get_scheduler_metadata(2, 1, 60, 8, 2, 64, lengths, causal=True, num_splits=4)
+    q, k = torch.randn(2, 1, 8, 64).bfloat16(), torch.randn(2, 60, 2, 64).bfloat16()
+    out = fa3.flash_attn_with_kvcache(q, k, k, cache_seqlens=lengths, scheduler_metadata=made, num_splits=4)
+    assert torch.equal(out, fa3.flash_attn_with_kvcache(q, k, k, cache_seqlens=lengths))
+    with pytest.raises(InputError, match=r"cache_seqlens is .*\[3\] on"):
+        fa3.get_scheduler_metadata(3, 1, 60, 8, 2, 64, lengths)
+    with pytest.raises(InputError, match="num_splits is -1"):
+        fa3.get_scheduler_metadata(2, 1, 60, 8, 2, 64, lengths, num_splits=-1)
+    with pytest.raises(UnsupportedProblem, match="sm_margin"):
+        fa3.get_scheduler_metadata(2, 1, 60, 8, 2, 64, lengths, sm_margin=8)
