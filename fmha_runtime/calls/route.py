@@ -177,6 +177,8 @@ def _trace(
     """The call as an operator, for the tracer to record. The checks of the call run when the operator runs."""
     import torch
 
+    if out is not None and not torch.compiler.is_compiling():  # dynamo cannot ask a tensor what it is
+        kinds.refuse_out(out)
     register_torch_ops()
     if stream is not None:
         raise InputError("stream= in a traced call: traced code runs on the current stream; leave it out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import UnsupportedProblem
+from ..errors import InputError, UnsupportedProblem
 from .packed_mask import PackedMask
 
 
@@ -51,6 +51,24 @@ def sees_operators(tensor: Any) -> bool:
 
     plain = torch.Tensor.__torch_dispatch__
     return getattr(type(tensor), "__torch_dispatch__", plain) is not plain
+
+
+def refuse_out(out: Any) -> None:
+    """An output that an operator is to write is memory, and nobody wants to have it written elsewhere.
+
+    Raises:
+        InputError: it is a negated view, or zeros without storage.
+        UnsupportedProblem: torch.func.functionalize, which lets no operator of a library write.
+    """
+    import torch
+
+    if out.is_neg() or out._is_zerotensor():
+        what = "a view that is negated on reading" if out.is_neg() else "a tensor of zeros without storage"
+        raise InputError(f"out is {what}; a plain tensor is needed: torch.empty_like(q)")
+    functorch = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    if top is not None and top.key() == functorch.TransformType.Functionalize:
+        raise UnsupportedProblem("out= inside torch.func.functionalize: leave out= out, it makes a copy in any case")
 
 
 def refuse_tangents(given: Iterable[Any]) -> None:

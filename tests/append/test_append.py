@@ -90,6 +90,12 @@ def test_what_the_kernel_cannot_copy_runs_in_torch():
         assert torch.equal(got.view(8, 2, dim)[[7, 0, 3]], k)
 
 
+def test_tensors_that_are_not_simply_memory():
+    k, pool = tokens(3, 2, 8), torch.zeros(2, 4, 2, 8).bfloat16()
+    got, _ = both(torch._neg_view(-k), torch._neg_view(-k), pool, pool, slot_mapping=torch.tensor([7, 0, 3]))
+    assert torch.equal(got.view(8, 2, 8)[[7, 0, 3]], k)
+
+
 def test_under_compile():
     k, pool = tokens(3, 2, 8), torch.zeros(2, 4, 2, 8).bfloat16()
 

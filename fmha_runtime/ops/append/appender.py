@@ -68,7 +68,9 @@ def append_kv(
         raise InputError(f"device is {device!r}; None (where the tensors are), 'emulator' or 'emulator:ARCH' is needed")
     if where is not None and k.device.type != "cpu":
         raise InputError(f"the emulator runs CPU tensors; k is on {k.device}: call k.cpu()")
-    if kinds.traced() or (where is None and k.device.type == "cpu") or not _in_chunks(k, v, k_cache, v_cache):
+    given = (k, v, k_cache, v_cache)
+    in_torch = kinds.traced() or kinds.are_special(given) or (where is None and k.device.type == "cpu")
+    if in_torch or not _in_chunks(*given):
         if slot_mapping is None:
             assert cache_seqlens is not None
             slot_mapping = reference.slots_of(tuple(flat), cache_seqlens, cu_seqlens, page_table, pages, page_size)
