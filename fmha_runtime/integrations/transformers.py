@@ -203,11 +203,6 @@ def _forward(
         )
         return packed.unflatten(0, (batch, length)), None
     band = _resolve(module, query, key, mask, is_causal, sliding_window)
-    if band.bits is not None and softcap:
-        raise UnsupportedProblem(
-            "softcap together with a mask that is no band (padding on the left, holes, images that see both ways): no "
-            f"kernel computes both. Pad on the right (tokenizer.padding_side = 'right'), or {EAGER}"
-        )
     causal, window = _causal_and_window(band.left, band.right)
     out: Any = attention(
         query.transpose(1, 2),

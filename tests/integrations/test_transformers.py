@@ -147,12 +147,15 @@ def refusal(model, match, **inputs):
         model(**inputs)
 
 
-def test_softcap_with_left_padding_is_refused(name):
-    mask = padding([7, 3], 7).flip(1)
-    model = decoder(name, "Gemma2")
-    refusal(model, "padding_side = 'right'", input_ids=tokens(2, 7), attention_mask=mask)
-    with torch.no_grad():
-        model(input_ids=tokens(2, 7), attention_mask=mask.flip(1))
+@pytest.mark.parametrize("flip", [False, True])
+def test_softcap_with_padding_on_either_side(name, flip):
+    mask = padding([7, 3], 7)
+    mask = mask.flip(1) if flip else mask
+
+    def make(attn):
+        return decoder(attn, "Gemma2", attn_logit_softcapping=0.8, query_pre_attn_scalar=4)
+
+    check(make, name, mask, input_ids=tokens(2, 7), attention_mask=mask)
 
 
 def test_holes_are_honoured(name):

@@ -94,9 +94,9 @@ def check_generation(case, device, mask, **options):
 @pytest.mark.parametrize("padding", ["", "left"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("case", GENERATORS, ids=str)
-def test_generation_is_that_of_eager_attention(fmha, case, cache, padding, device):
-    if padding and case.name.startswith("Gemma2"):
-        pytest.skip("softcap with padding on the left is refused: test_transformers.py")
+def test_generation_is_that_of_eager_attention(fmha, case, cache, padding, device, monkeypatch):
+    if padding and case.name.startswith("Gemma2"):  # bits and softcap are core at head dims 128 and 256 only
+        monkeypatch.setenv("FMHA_BUILD_ON_DEMAND", "1")
     if cache == "static" and case.name.startswith("Llama4"):
         makers = inspect.signature(transformers.masking_utils.create_chunked_causal_mask).parameters
         if "block_sequence_ids" not in makers:
