@@ -89,6 +89,15 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, here and in children: a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("code", "compilers"), [(BUILD, 4), (PTX, 2), (EMULATOR, 2)], ids=["build", "ptx", "emulator"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_ends_leaves_no_compiler(slow, code, compilers, number):
@@ -100,6 +109,7 @@ def test_a_process_that_ends_leaves_no_compiler(slow, code, compilers, number):
     wait_for(lambda: not any(map(runs, started(slow))), seconds=20)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_build_ends_its_compilers(slow):
     """Ctrl-C raises in the main thread only, and the pool's threads wait for compilers."""
 
