@@ -84,8 +84,9 @@ def examine() -> Diagnosis:
         except Exception as error:
             found.lines.append((section, "failed", f"{type(error).__name__}: {error}"))
             if isinstance(error, FmhaError):
-                code = ARTIFACT if isinstance(error, ArtifactError) else ENVIRONMENT
-                found.problems.append(Problem(str(error), "fmha doctor", code))
+                damaged = isinstance(error, ArtifactError)
+                command = getattr(error, "command", None) or (_REINSTALL if damaged else "fmha doctor")
+                found.problems.append(Problem(str(error), command, ARTIFACT if damaged else ENVIRONMENT))
     _conclude(found)
     return found
 
@@ -99,7 +100,10 @@ def _package(found: Diagnosis) -> Lines:
 
     yield "fmha_runtime", f"{__version__} at {Path(__file__).parent.parent}"
     yield "kernel source", f"{config.kernel_src()}, ABI {sources.abi()}"
-    yield "catalogue", f"{len(catalog.enumerate_specs())} kernels"
+    specs = catalog.enumerate_specs()
+    yield "catalogue", f"{len(specs)} kernels"
+    for spec in {sources.header(spec): spec for spec in specs}.values():
+        sources.code(spec, catalog.tile(spec))  # raises where a header is missing or cannot be followed
 
 
 def _python(found: Diagnosis) -> Lines:
@@ -220,9 +224,9 @@ def _cubins(found: Diagnosis) -> Lines:
 
 
 def _ledger(found: Diagnosis) -> Lines:
-    from ..kernels.ledger import Ledger
+    from ..kernels import ledger
 
-    ways = Counter(record.how for record in Ledger.load())
+    ways = Counter(record.how for record in ledger.Ledger.load())
     yield "ledger", ", ".join(f"{n} by {how}" for how, n in sorted(ways.items())) or "empty"
 
 

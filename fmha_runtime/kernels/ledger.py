@@ -9,8 +9,11 @@ else. A record is bound to what ran, its ``evidence``: the SHA-256 of the cubin 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -205,4 +208,18 @@ def _record(item: Any) -> Record:
     found = parsed(Record, item)
     if found.how not in HOW:
         raise ValueError(f"how={found.how!r}, expected one of {HOW}")
+    # What follows is true of every verification that passed; a record of anything else proves nothing.
+    for name, value, other in (
+        ("evidence", found.evidence, ""), ("code", found.code, None), ("suite", found.suite, MIGRATED),
+    ):  # fmt: skip
+        if value != other and not files.is_sha256(value):
+            raise ValueError(f"{name}={value!r} of {found.name}, expected a SHA-256 in hex")
+    if found.cases < 1 or not 0 <= found.worst_ratio <= 1 or not math.isfinite(found.worst_rel_l2):
+        raise ValueError(
+            f"{found.cases} cases, worst ratio {found.worst_ratio}, relative L2 {found.worst_rel_l2} of {found.name}: "
+            "no such verification passes"
+        )
+    if found.on_gpu and not re.fullmatch(r"\d+\.\d", found.capability or ""):
+        raise ValueError(f"capability={found.capability!r} of {found.name}, expected one like '9.0'")
+    datetime.fromisoformat(found.date)
     return found

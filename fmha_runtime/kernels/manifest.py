@@ -35,7 +35,8 @@ ENTRY = re.compile(r"(fmha_\w+)-[0-9a-f]{12}")
 _OLD = "manifest.json"  # of schema 1: one table for everything
 
 _NUMBERS = ("threads", "smem_bytes", "registers", "spill_bytes", "abi", "params_size", "size")
-_TEXTS = ("sha256", "ptx_sha256", "code", "nvcc", "flags")
+_HASHES = ("sha256", "ptx_sha256", "code")
+_TEXTS = (*_HASHES, "nvcc", "flags")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class KernelRow:
             for name in ("name", "tile", "text", *_TEXTS):
                 if not isinstance(data[name], str):
                     raise ValueError(f"{name} is {data[name]!r}, not text")
+            for name in _HASHES:
+                if not files.is_sha256(data[name]):
+                    raise ValueError(f"{name} is {data[name]!r}, not a SHA-256 in hex")
             facts = {name: data[name] for name in (*_NUMBERS, *_TEXTS)}
             return cls(KernelSpec.parse(data["name"]), Tile.parse(data["tile"]), **facts, text=data["text"])
         except KeyError as error:

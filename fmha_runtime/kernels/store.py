@@ -148,6 +148,12 @@ def why_stale(row: KernelRow, forced: Tile | None = None) -> str:
         return f"built for ABI {row.abi}, this runtime speaks {abi}"
     if row.tile != tile:
         return f"built with tile {row.tile}, the catalogue says {tile}"
+    launch = (tile.threads, catalog.smem_bytes(row.spec, tile))
+    if (row.threads, row.smem_bytes) != launch:
+        return (
+            f"its row says {row.threads} threads and {row.smem_bytes} bytes of shared memory, the catalogue "
+            f"{launch[0]} and {launch[1]}"
+        )
     same_text = row.text != "" and row.text == sources.text(row.spec, tile)
     if not same_text and row.code != (code := sources.code(row.spec, tile)):
         return f"built from code {row.code[:12]}, the present sources have {code[:12]}"

@@ -210,7 +210,7 @@ def test_the_support_table_tells_how_each_kernel_was_proven(tmp_path: Path) -> N
     folder = tmp_path / "cubins" / "verified"
     fp16 = KernelSpec.parse("fmha_fwd_sm90_fp16_d64")
     sm80 = [KernelSpec.parse(f"fmha_fwd_sm80_{dtype}_d64") for dtype in ("bf16", "fp16")]
-    stale = replace(record(KernelSpec.parse("fmha_fwd_sm89_bf16_d64"), "ptx"), evidence="0", code="0")
+    stale = replace(record(KernelSpec.parse("fmha_fwd_sm89_bf16_d64"), "ptx"), evidence="0" * 64, code="0" * 64)
     ledger.record([record(), record(fp16, "emulator"), stale], folder)
     ledger.record([record(spec, "ptx") for spec in sm80], folder)
     lines = gen_tables.support(tmp_path).splitlines()
@@ -239,3 +239,26 @@ def test_the_committed_tables_agree_with_the_records(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     for part, render in gen_tables.PARTS[name].items():
         assert gen_tables.regenerate(text, part, render(ROOT)) == text, "run tools/gen_tables.py"
+
+
+def test_every_record_is_of_the_present_suite():
+    """Who changes cases or limits runs them again, or says here why the older ones still count."""
+    suites = {}
+    for one in Ledger.load():
+        spec = KernelSpec.parse(one.name)
+        suites.setdefault(one.name, verifier.suite(spec))
+        assert one.suite == suites[one.name], one.name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cases": 0}, {"worst_ratio": 57.0}, {"suite": "banana"}, {"evidence": "0"}, {"capability": "banana"},
+        {"date": "yesterday"}, {"code": ""},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_record_of_no_verification_that_could_pass_is_refused(tmp_path, change):
+    ledger.record([replace(record(), **change)], tmp_path)
+    with pytest.raises(ArtifactError, match="not a verification ledger"):
+        Ledger.load(tmp_path)
