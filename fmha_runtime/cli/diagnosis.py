@@ -201,8 +201,12 @@ def _cubins(found: Diagnosis) -> Lines:
         packaged = error.path is not None and error.path.is_relative_to(config.package_root())
         command = error.command or (_REINSTALL if packaged else "fmha cache prune")
         found.problems.append(Problem(str(error), command, ARTIFACT))
-    if not list(config.package_root().glob(f"{manifest.FOLDER}/*.json")):
-        text = f"the packaged manifest {config.package_root() / manifest.FOLDER} is missing"
+    folder = config.package_root() / manifest.FOLDER
+    missing = dict.fromkeys(manifest.table(config.package_root(), s.op, s.arch) for s in inventory.states)
+    missing = [path for path in missing if not path.is_file()]
+    if missing:
+        names = ", ".join(path.name for path in missing) if folder.is_dir() else "all of it"
+        text = f"the packaged manifest {folder} is missing: {names}"
         found.problems.append(Problem(text, _REINSTALL, ARTIFACT))
     ready = []
     for spec, state in inventory.states.items():
@@ -226,6 +230,9 @@ def _cubins(found: Diagnosis) -> Lines:
 def _ledger(found: Diagnosis) -> Lines:
     from ..kernels import ledger
 
+    if not list(ledger.folder().glob("*.json")):
+        text = f"the verification ledger {ledger.folder()} is missing: nothing counts as verified"
+        found.problems.append(Problem(text, _REINSTALL, ARTIFACT))
     ways = Counter(record.how for record in ledger.Ledger.load())
     yield "ledger", ", ".join(f"{n} by {how}" for how, n in sorted(ways.items())) or "empty"
 
