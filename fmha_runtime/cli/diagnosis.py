@@ -202,10 +202,10 @@ def _cubins(found: Diagnosis) -> Lines:
         command = error.command or (_REINSTALL if packaged else "fmha cache prune")
         found.problems.append(Problem(str(error), command, ARTIFACT))
     folder = config.package_root() / manifest.FOLDER
-    missing = dict.fromkeys(manifest.table(config.package_root(), s.op, s.arch) for s in inventory.states)
-    missing = [path for path in missing if not path.is_file()]
+    tables = {manifest.table(config.package_root(), spec.op, spec.arch) for spec in inventory.states}
+    missing = sorted(path.name for path in tables if not path.is_file())
     if missing:
-        names = ", ".join(path.name for path in missing) if folder.is_dir() else "all of it"
+        names = ", ".join(missing) if folder.is_dir() else "all of it"
         text = f"the packaged manifest {folder} is missing: {names}"
         found.problems.append(Problem(text, _REINSTALL, ARTIFACT))
     ready = []

@@ -14,7 +14,7 @@ from ..kernels import catalog, sources
 from ..kernels.cache import Sweep
 from ..kernels.ledger import Ledger, Status
 from ..kernels.spec import KernelSpec
-from ..kernels.store import State
+from ..kernels.store import Inventory, State
 from ..kernels.tile import Tile
 from ..toolchain import nvcc
 from ..toolchain.build import BuildResult
@@ -232,11 +232,11 @@ def sweep_totals(swept: Sweep, dry_run: bool) -> list[str]:
     return lines
 
 
-def proofs(states: dict[KernelSpec, State]) -> list[Status]:
+def proofs(inventory: Inventory) -> list[Status]:
     """What the ledger says about many kernels: about the cubin at hand, else about the one that the manifest locks."""
-    ledger = Ledger.load()
+    ledger = Ledger.load(packaged=inventory.packaged)
     with sources.unchanged():
-        return [ledger.status(spec, state.row) for spec, state in states.items()]
+        return [ledger.status(spec, state.row) for spec, state in inventory.states.items()]
 
 
 def verify_facts(outcome: Report) -> dict[str, Any]:

@@ -22,7 +22,9 @@ def list_(chosen: Selection, as_json: bool) -> None:
 
     inventory = Inventory.of(chosen.kernels())
     states = inventory.states
-    items = [report.list_item(*each, proof) for each, proof in zip(states.items(), report.proofs(states), strict=True)]
+    items = [
+        report.list_item(*each, proof) for each, proof in zip(states.items(), report.proofs(inventory), strict=True)
+    ]
     if as_json:
         click.echo(report.envelope(items))
         return

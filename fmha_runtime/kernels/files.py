@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
+import re
 import shlex
 import stat
 import tempfile
@@ -203,4 +204,4 @@ def _name(uid: int) -> str:
 
 def is_sha256(text: str) -> bool:
     """Whether a text is a SHA-256 in hex."""
-    return len(text) == 64 and not set(text) - set("0123456789abcdef")
+    return re.fullmatch("[0-9a-f]{64}", text) is not None

@@ -89,19 +89,22 @@ def folder() -> Path:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The records, by kernel."""
+    """The records, by kernel; and the rows of the packaged manifest, for who has read them already (None: has not)."""
 
     records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
+    packaged: dict[KernelSpec, KernelRow] | None = None
 
     @cached_property
     def locked(self) -> dict[KernelSpec, KernelRow]:
         """The rows of the packaged manifest. They tie bytes to the present code: that of a record may be older, where
         an edit changed the code and not one byte.
         """
+        if self.packaged is not None:
+            return self.packaged
         return {row.spec: row for row in manifest.read(config.package_root())[0]}
 
     @classmethod
-    def load(cls, root: Path | None = None) -> Ledger:
+    def load(cls, root: Path | None = None, packaged: dict[KernelSpec, KernelRow] | None = None) -> Ledger:
         """Every record of a ledger's folder; empty when there is none.
 
         Raises:
@@ -111,7 +114,7 @@ class Ledger:
         for path in sorted((root or folder()).glob("*.json")):
             for record in _read(path):
                 found[record.name] = (*found.get(record.name, ()), record)
-        return cls(found)
+        return cls(found, packaged)
 
     def __iter__(self) -> Iterator[Record]:
         return (record for records in self.records.values() for record in records)

@@ -86,10 +86,11 @@ def state(spec: KernelSpec) -> State:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The states of many kernels, every root read once, and what was unreadable in them."""
+    """The states of many kernels, every root read once, what was unreadable in them, and the rows of the package."""
 
     states: dict[KernelSpec, State]
     broken: tuple[ArtifactError, ...]
+    packaged: dict[KernelSpec, KernelRow]
 
     @classmethod
     def of(cls, specs: Sequence[KernelSpec]) -> Inventory:
@@ -105,7 +106,7 @@ class Inventory:
             for spec in specs:
                 concerns = [*errors.get("", ()), *errors.get(spec.name, ()), *errors.get(_table_name(spec), ())]
                 states[spec] = _judge(spec, mine.get(spec, []), concerns)
-        return cls(states, tuple(broken))
+        return cls(states, tuple(broken), {row.spec: row for row in found if row.root == manifest.PACKAGE})
 
 
 def locked(spec: KernelSpec) -> KernelRow | None:

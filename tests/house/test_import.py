@@ -16,8 +16,7 @@ PACKAGE = Path(fmha_runtime.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Folders are floors: a file imports from its own folder and from floors above its own in this list. Folders that share
-# a line know nothing of each other. So do the op folders inside ops/ and kernels/,
-# but for BUILT_ON.
+# a line know nothing of each other. So do the op folders inside ops/ and kernels/, but for BUILT_ON.
 FLOORS = (
     "errors",
     "config",
